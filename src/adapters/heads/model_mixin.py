@@ -1,0 +1,376 @@
+"""What a model with any number of named heads adds to a model with adapters."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import itemgetter
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..checkpoints import heads as head_files
+from ..composition import AdapterCompositionBlock, parse_heads_from_composition
+from ..context import AdapterSetup
+from ..errors import AdapterError
+from ..model import ModelAdaptersMixin
+from ..wrap import in_forward_context
+from .adding import HeadAdder
+from .base import PredictionHead
+from .dispatch import HeadPlan, HeadSetup, check_names, flatten_choices, gather, hand_on, take_rows, to_tuple
+from .language_modeling import CausalLMHead, Seq2SeqLMHead
+from .registry import MODEL_HEAD_MAP
+from .sentence import sentence_vector
+
+__all__ = ["MODEL_HEAD_MAP", "ModelWithFlexibleHeadsAdaptersMixin"]
+
+logger = logging.getLogger(__name__)
+
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
+    """A base model with adapters and any number of named prediction heads, ``model.heads``.
+
+    The heads of a forward pass are those of its argument ``head``, else of the innermost ``AdapterSetup``, else the
+    ``active_head``. Without one the model returns what its base model returns.
+    """
+
+    # The loss of a head is a mean over its batch: the Trainer scales it for gradient accumulation.
+    accepts_loss_kwargs = False
+
+    # The base model's forward arguments: the named ones in order, and all that it accepts.
+    forward_parameters: ClassVar[tuple[str, ...]] = ()
+    _base_inputs: ClassVar[frozenset[str]] = frozenset()
+
+    _active_heads: HeadSetup
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def init_heads(self) -> None:
+        """Makes the heads that ``config.prediction_heads`` lists; the last one becomes active."""
+        self.heads = nn.ModuleDict()
+        self._active_heads = None
+        configs = vars(self.config).get("prediction_heads") or {}
+        self.config.prediction_heads = {}
+        for name, config in configs.items():
+            self._register(self.head_from_config(name, config, overwrite_ok=False))
+            self.active_head = name
+
+    @property
+    def active_head(self) -> HeadSetup:
+        """The active head: a name, a list of names, a ``BatchSplit`` or ``Parallel`` of names, or None.
+
+        A single name also sets the labels of the model's config.
+
+        Raises:
+            AdapterError: (when set) The model has no head of that name.
+
+        Example:
+            >>> model.active_head = "sst2"
+        """
+        if not self._active_heads:
+            return None
+        heads = self._active_heads
+        return heads[0] if isinstance(heads, list) and len(heads) == 1 else heads
+
+    @active_head.setter
+    def active_head(self, head: HeadSetup) -> None:
+        for name in HeadPlan.of(head).names:
+            if name not in self.heads:
+                check_names(
+                    f"active_head = {head!r}: Model does not contain a head with name {name!r}", [name], [*self.heads]
+                )
+        if isinstance(head, str) and head:
+            self._active_heads = [head]
+            self.config.label2id = self.heads[head].config.get("label2id")
+            self.config.id2label = self.get_labels_dict(head)
+        else:
+            self._active_heads = head if isinstance(head, AdapterCompositionBlock) else list(head or []) or None
+
+    def set_active_adapters(self, adapter_setup: Any, skip_layers: list[int] | None = None) -> None:
+        """Activates adapters, and the heads of the same names if the model has them all.
+
+        Raises:
+            AdapterError: An adapter is unknown.
+            CompositionError: The composition is invalid.
+
+        Example:
+            >>> model.set_active_adapters("sst2")
+        """
+        super().set_active_adapters(adapter_setup, skip_layers)
+        heads = parse_heads_from_composition(self.active_adapters)
+        if heads and all(name in self.heads for name in HeadPlan.of(heads).names):
+            self.active_head = heads
+
+    # --- add and delete --------------------------------------------------------------------------------------------
+
+    def add_prediction_head(self, head: PredictionHead, overwrite_ok: bool = False, set_active: bool = True) -> None:
+        """Adds a head that was made before, under ``head.name``.
+
+        Raises:
+            AdapterError: The name is taken.
+
+        Example:
+            >>> model.add_prediction_head(ClassificationHead(model, "sst2", num_labels=2))
+        """
+        self._check_name(head.name, overwrite_ok)
+        self._register(head)
+        if (
+            output := head.get_output_embeddings()
+        ) is not None and f"{self._output_path(head)}.weight" in self._tied_heads():
+            output.weight = self.get_input_embeddings().weight
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        if set_active:
+            self.active_head = head.name
+
+    def _register(self, head: PredictionHead) -> None:
+        outputs = head.config.get("num_labels", head.config.get("num_choices"))
+        if outputs is not None and head.config.get("label2id", ...) is None:
+            head.config["label2id"] = {f"LABEL_{index}": index for index in range(outputs)}
+        self.heads[head.name] = head
+        self.config.prediction_heads[head.name] = head.config
+
+    def delete_head(self, head_name: str) -> None:
+        """Removes a head, also from the active ones; an unknown name is logged.
+
+        Example:
+            >>> model.delete_head("sst2")
+        """
+        if head_name not in self.heads:
+            logger.info("No prediction head '%s' found for deletion.", head_name)
+            return
+        del self.heads[head_name], self.config.prediction_heads[head_name]
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        if isinstance(self._active_heads, list):
+            self._active_heads = [name for name in self._active_heads if name != head_name] or None
+        elif head_name in HeadPlan.of(self._active_heads).names:
+            self._active_heads = None
+
+    # --- forward ---------------------------------------------------------------------------------------------------
+
+    @in_forward_context
+    def forward(self, *args: Any, head: HeadSetup = None, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        """Runs the base model and the heads in use; labels go to every one of them.
+
+        Raises:
+            AdapterError: A head is unknown.
+            CompositionError: Heads and rows of the batch do not match.
+        """
+        if len(args) > len(self.forward_parameters):
+            raise TypeError(f"forward: {len(args)} positional arguments; at most {len(self.forward_parameters)} fit.")
+        plan = self._plan(head)
+        inputs = flatten_choices({**dict(zip(self.forward_parameters, args, strict=False)), **kwargs})
+        inputs = self._decoder_inputs(inputs, plan)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        base_inputs = {name: value for name, value in inputs.items() if name in self._base_inputs}
+        if not plan.names:
+            return self.base_model(**base_inputs, return_dict=return_dict)
+        result = self._run_heads(plan, self.base_model(**base_inputs, return_dict=True), inputs)
+        return result if return_dict else to_tuple(result)
+
+    def _plan(self, head: HeadSetup) -> HeadPlan:
+        if head is None and self.heads:
+            head = AdapterSetup.get_context_head_setup()
+        plan = HeadPlan.of(self._active_heads if head is None else head)
+        check_names("forward", plan.names, [*self.heads])
+        return plan
+
+    def _decoder_inputs(self, inputs: dict[str, Any], plan: HeadPlan) -> dict[str, Any]:
+        """Adds the decoder's inputs if there are none: a language model's labels, else the inputs, shifted right."""
+        if "decoder_input_ids" not in self.forward_parameters:
+            return inputs
+        heads = [self.heads[name] for name in plan.names]
+        if any(inputs.get(name) is not None for head in heads for name in head.get_label_names()):
+            inputs = {"use_cache": False, **inputs}
+        if any(inputs.get(name) is not None for name in DECODER_INPUTS):
+            return inputs
+        source = inputs.get("labels") if any(isinstance(head, Seq2SeqLMHead) for head in heads) else None
+        source = inputs.get("input_ids") if source is None else source
+        if source is None:
+            return inputs
+        return {**inputs, "decoder_input_ids": self.prepare_decoder_input_ids_from_labels(source)}
+
+    def _run_heads(self, plan: HeadPlan, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Any:
+        setup, total = self.effective_setup(), len(outputs[0])
+        rows = plan.rows(total, setup.parallel_channels if setup else 1)
+        parts = [(outputs, inputs)] * len(plan.names)
+        if rows is not None:
+            parts = [(take_rows(outputs, part, total), take_rows(inputs, part, total)) for part in rows]
+        results = [self._run_head(name, *part) for name, part in zip(plan.names, parts, strict=True)]
+        return hand_on(results[0] if len(results) == 1 else gather(results, summed=rows is not None), outputs)
+
+    def _run_head(self, name: str, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Any:
+        sentence = sentence_vector(outputs, self.config, inputs) if self.head_types else None
+        pooled = outputs.get("pooler_output")
+        if vars(self.config).get("scale_decoder_outputs"):  # T5 scales what its heads read, not the sentence vector
+            outputs = replace(outputs, last_hidden_state=outputs[0] * self.config.d_model**-0.5)
+        return self.heads[name](
+            outputs,
+            cls_output=sentence,
+            attention_mask=inputs.get("attention_mask"),
+            return_dict=True,
+            pooled_output=pooled,
+            **{key: value for key, value in inputs.items() if key not in self._base_inputs},
+        )
+
+    # --- labels ----------------------------------------------------------------------------------------------------
+
+    def get_labels_dict(self, head_name: str | None = None) -> dict[int, str] | None:
+        """The labels of a head in the order of their ids, ``{id: label}``; None for a head without labels.
+
+        Raises:
+            AdapterError: The head is unknown; or none is given and there is not one active head.
+
+        Example:
+            >>> model.get_labels_dict("sst2")
+        """
+        label2id = self._named(head_name, "get_labels_dict").config.get("label2id")
+        return (
+            None if label2id is None else {index: label for label, index in sorted(label2id.items(), key=itemgetter(1))}
+        )
+
+    def get_labels(self, head_name: str | None = None) -> list[str] | None:
+        """The labels of a head in the order of their ids; None for a head without labels.
+
+        Raises:
+            AdapterError: The head is unknown; or none is given and there is not one active head.
+
+        Example:
+            >>> model.get_labels("sst2")
+        """
+        labels = self.get_labels_dict(head_name)
+        return None if labels is None else list(labels.values())
+
+    def get_prediction_heads_config(self) -> dict[str, dict[str, Any]]:
+        """The configs of all heads by name."""
+        return {name: head.config for name, head in self.heads.items()}
+
+    def _named(self, head_name: str | None, asked: str) -> PredictionHead:
+        name = self.active_head if head_name is None else head_name
+        if not name:
+            raise AdapterError(f"{asked}: No head name given and no active head in the model; pass head_name.")
+        if not isinstance(name, str):
+            raise AdapterError(f"{asked}: several heads are active, {name!r}; pass the head_name of one.")
+        check_names(asked, [name], [*self.heads])
+        head: PredictionHead = self.heads[name]
+        return head
+
+    # --- embeddings ------------------------------------------------------------------------------------------------
+
+    def get_output_embeddings(self) -> nn.Module | list[nn.Module | None] | None:
+        """The active head's map onto the vocabulary, or None; a list of them if several heads are active."""
+        found = [self.heads[name].get_output_embeddings() for name in HeadPlan.of(self._active_heads).names]
+        return found if len(found) > 1 else found[0] if found else None
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the map onto the vocabulary of the active language modeling heads."""
+        for name in HeadPlan.of(self._active_heads).names:
+            if isinstance(head := self.heads[name], CausalLMHead):
+                head.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resizes the input embeddings and with them every language modeling head, tied or not.
+
+        Example:
+            >>> model.resize_token_embeddings(len(tokenizer))
+        """
+        size = self.get_input_embeddings().num_embeddings
+        heads = [h for h in self.heads.values() if isinstance(h, CausalLMHead) and h.config["vocab_size"] == size]
+        tied = {path.rpartition(".")[0] for path in self._tied_heads()}
+        active, self._active_heads = self._active_heads, None  # transformers would resize the active head only
+        try:
+            embeddings: nn.Embedding = super().resize_token_embeddings(
+                new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
+        finally:
+            self._active_heads = active
+        for head in heads:
+            old = head.get_output_embeddings()
+            new = self._get_resized_lm_head(old, embeddings.num_embeddings, mean_resizing=mean_resizing)
+            new.requires_grad_(old.weight.requires_grad)
+            if self._output_path(head) in tied:
+                new.weight = embeddings.weight
+            head.set_output_embeddings(new)
+        return embeddings
+
+    def _tied_heads(self) -> dict[str, str]:
+        """The weights of heads that are tied, each with the input embeddings' weight that it is tied to."""
+        # T5 1.1 says with scale_decoder_outputs=False that its output embeddings are not tied.
+        settings = vars(self.config)
+        if not settings.get("tie_word_embeddings") or not settings.get("scale_decoder_outputs", True):
+            return {}
+        heads = [head for head in self.heads.values() if head.get_output_embeddings() is not None]
+        if not heads:
+            return {}
+        embeddings = self.get_input_embeddings()
+        source = next(path for path, module in self.named_modules() if module is embeddings)
+        shape = embeddings.weight.shape
+        fitting = [head for head in heads if head.get_output_embeddings().weight.shape == shape]
+        return {f"{self._output_path(head)}.weight": f"{source}.weight" for head in fitting}
+
+    def _output_path(self, head: PredictionHead) -> str:
+        output = head.get_output_embeddings()
+        return f"heads.{head.name}." + next(path for path, module in head.named_modules() if module is output)
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What transformers reads to tie, load and save: patterns, because a head's name may be one by accident."""
+        return {f"{re.escape(path)}$": f"{re.escape(source)}$" for path, source in self._tied_heads().items()}
+
+    # --- files and devices -----------------------------------------------------------------------------------------
+
+    def adapter_to(self, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Moves an adapter, and the head of the same name, to a device or a precision.
+
+        Example:
+            >>> model.adapter_to("sst2", dtype=torch.bfloat16)
+        """
+        super().adapter_to(name, device, dtype)
+        if name in self.heads:
+            self.heads[name].to(device=device, dtype=dtype)
+
+    def save_head(
+        self, save_directory: str | PathLike[str], head_name: str | None = None, use_safetensors: bool = True
+    ) -> None:
+        """Saves a head, by default the active one, to a directory.
+
+        Raises:
+            AdapterError: The head is unknown; or none is given and there is not one active head.
+
+        Example:
+            >>> model.save_head("out/sst2", "sst2")
+        """
+        head_files.save_head(self, save_directory, self._named(head_name, "save_head").name, use_safetensors)
+
+    def save_all_heads(self, save_directory: str | PathLike[str], use_safetensors: bool = True) -> None:
+        """Saves each head to a folder of its name.
+
+        Example:
+            >>> model.save_all_heads("out")
+        """
+        for name in self.heads:
+            self.save_head(Path(save_directory) / name, name, use_safetensors)
+
+    def load_head(
+        self,
+        save_directory: str | PathLike[str],
+        load_as: str | None = None,
+        id2label: Mapping[int, str] | None = None,
+        use_safetensors: bool = True,
+    ) -> tuple[str, str]:
+        """Loads a head from a directory, adds and activates it; returns the directory and the head's name.
+
+        Raises:
+            CheckpointError: The files are missing, broken or do not fit the model.
+
+        Example:
+            >>> model.load_head("out/sst2", load_as="reviews")
+        """
+        return head_files.load_head(self, save_directory, load_as, id2label, use_safetensors)
