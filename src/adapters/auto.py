@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.utils.generic import TransformersKwargs
 
 from .errors import AdapterError, listing
@@ -90,9 +90,7 @@ def adapter_model_class(config_class: type[PreTrainedConfig]) -> type[PreTrained
     Raises:
         KeyError: ``AutoModel`` has no base model for this config class.
     """
-    base_class = MODEL_MAPPING[config_class]
-    if isinstance(base_class, tuple):
-        base_class = base_class[0]
+    base_class = _first_class(MODEL_MAPPING, config_class)
     abstract = _abstract_class(base_class)
     language_model = _language_model(config_class)
     generation = _generation_mixin(language_model)
@@ -121,12 +119,15 @@ def _abstract_class(base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return next((parent for parent in parents if parent.forward is torch.nn.Module.forward), PreTrainedModel)
 
 
+def _first_class(mapping: Any, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    found = mapping[config_class]
+    kind: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return kind
+
+
 def _language_model(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
-    for mapping in GENERATIVE_MAPPINGS:
-        if config_class in mapping:
-            found = mapping[config_class]
-            return found[0] if isinstance(found, tuple) else found
-    return None
+    known = (mapping for mapping in GENERATIVE_MAPPINGS if config_class in mapping)
+    return next((_first_class(mapping, config_class) for mapping in known), None)
 
 
 def _generation_mixin(language_model: type[PreTrainedModel] | None) -> type[GenerationMixin] | None:
@@ -185,10 +186,10 @@ class AdapterModelMapping(Mapping[type[PreTrainedConfig], type[PreTrainedModel]]
     """The ``XAdapterModel`` of each config class that ``AutoModel`` knows, made on demand."""
 
     def __getitem__(self, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-        return adapter_model_class(config_class)
+        return adapter_model_class(config_class)  # type: ignore[arg-type]
 
     def __contains__(self, config_class: object) -> bool:
-        return config_class in MODEL_MAPPING
+        return isinstance(config_class, type) and config_class in MODEL_MAPPING
 
     def __iter__(self) -> Iterator[type[PreTrainedConfig]]:
         return iter(MODEL_MAPPING)
@@ -213,7 +214,7 @@ class AutoAdapterModel(_BaseAutoModelClass):
         >>> model.train_adapter("sst2")
     """
 
-    _model_mapping = ADAPTER_MODEL_MAPPING
+    _model_mapping: Any = ADAPTER_MODEL_MAPPING
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

@@ -19,9 +19,9 @@ from transformers import (
 from adapters import AutoAdapterModel
 
 VOCABULARY, PAD, BOS, EOS = 48, 0, 1, 2
-TEXT = dict(vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
-SIZE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-HALVES = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
+TEXT = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+HALVES = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "bert": BertConfig(**SIZE, **TEXT),
     "roberta": RobertaConfig(**SIZE, **TEXT),

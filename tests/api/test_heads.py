@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import adapters.composition as ac
 import pytest
 import torch
 from head_models import (
@@ -23,7 +24,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-import adapters.composition as ac
 from adapters import AdapterSetup, AutoAdapterModel
 from adapters.heads import MultiHeadOutput, PredictionHead
 from adapters.heads.model_mixin import MODEL_HEAD_MAP
@@ -480,7 +480,7 @@ def test_lm_heads_equal_the_static_language_model_and_generate(name):
     torch.testing.assert_close(ours.logits, theirs.logits)
     torch.testing.assert_close(ours.loss, theirs.loss)
     prompt = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
-    settings = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     expected = static.generate(**prompt, **settings)
     assert torch.equal(model.generate(**prompt, **settings), expected)
     assert torch.equal(model.generate(**prompt, **settings, use_cache=False), expected)

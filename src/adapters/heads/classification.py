@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
     Seq2SeqSequenceClassifierOutput,
     SequenceClassifierOutput,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .base import PredictionHead, label_ids
 

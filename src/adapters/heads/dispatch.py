@@ -1,14 +1,15 @@
 """Which rows of a batch go to which head, and the output of several heads."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..composition import AdapterCompositionBlock, BatchSplit, Parallel
 from ..errors import AdapterError, CompositionError, listing
+from .base import field_names
 
 # What a head replaces by its own predictions; all else of the base model's output is handed on.
 CONSUMED = frozenset({"last_hidden_state", "pooler_output"})
@@ -107,7 +108,7 @@ def take_rows(value: Any, rows: slice, total: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value[rows] if value.dim() and len(value) == total else value
     if isinstance(value, ModelOutput):
-        present = [field.name for field in fields(value) if field.name in value]
+        present = [name for name in field_names(type(value)) if name in value]
         return type(value)(**{name: take_rows(value[name], rows, total) for name in present})
     if isinstance(value, Mapping):
         return {name: take_rows(part, rows, total) for name, part in value.items()}

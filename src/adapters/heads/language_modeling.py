@@ -1,6 +1,6 @@
 """Heads that map onto the vocabulary: masked, causal and sequence-to-sequence language modeling."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     Seq2SeqLMOutput,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .base import IGNORED, PredictionHead, activation, hidden_size, with_prompt
 
@@ -68,9 +68,9 @@ class CausalLMHead(PredictionHead):
         self.append(nn.Linear(width, self._positive("vocab_size", 1), bias=settings["bias"]))
         self.settle(model)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         """The map onto the vocabulary."""
-        return self[-1]
+        return cast(nn.Linear, self[-1])
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replaces the map onto the vocabulary, and with it the vocabulary's size."""

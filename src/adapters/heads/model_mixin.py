@@ -2,16 +2,15 @@
 
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, MutableMapping
 from operator import itemgetter
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..checkpoints import heads as head_files
 from ..composition import AdapterCompositionBlock, parse_heads_from_composition
@@ -47,13 +46,16 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
     forward_parameters: ClassVar[tuple[str, ...]] = ()
     _base_inputs: ClassVar[frozenset[str]] = frozenset()
 
+    # Only encoder-decoders have it: collators ask for it to know one.
+    prepare_decoder_input_ids_from_labels: Callable[[torch.Tensor], torch.Tensor]
+
     _active_heads: HeadSetup
 
     # --- state -----------------------------------------------------------------------------------------------------
 
     def init_heads(self) -> None:
         """Makes the heads that ``config.prediction_heads`` lists; the last one becomes active."""
-        self.heads = nn.ModuleDict()
+        self.heads = cast("MutableMapping[str, PredictionHead]", nn.ModuleDict())
         self._active_heads = None
         configs = vars(self.config).get("prediction_heads") or {}
         self.config.prediction_heads = {}
@@ -123,7 +125,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         if (
             output := head.get_output_embeddings()
         ) is not None and f"{self._output_path(head)}.weight" in self._tied_heads():
-            output.weight = self.get_input_embeddings().weight
+            output.weight = cast(nn.Embedding, self.get_input_embeddings()).weight
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         if set_active:
             self.active_head = head.name
@@ -144,7 +146,8 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         if head_name not in self.heads:
             logger.info("No prediction head '%s' found for deletion.", head_name)
             return
-        del self.heads[head_name], self.config.prediction_heads[head_name]
+        del self.heads[head_name]
+        self.config.prediction_heads.pop(head_name, None)  # models made from one config object share it
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         if isinstance(self._active_heads, list):
             self._active_heads = [name for name in self._active_heads if name != head_name] or None
@@ -208,7 +211,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         sentence = sentence_vector(outputs, self.config, inputs) if self.head_types else None
         pooled = outputs.get("pooler_output")
         if vars(self.config).get("scale_decoder_outputs"):  # T5 scales what its heads read, not the sentence vector
-            outputs = replace(outputs, last_hidden_state=outputs[0] * self.config.d_model**-0.5)
+            outputs = type(outputs)(**{**outputs, "last_hidden_state": outputs[0] * self.config.d_model**-0.5})
         return self.heads[name](
             outputs,
             cls_output=sentence,
@@ -257,12 +260,11 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         if not isinstance(name, str):
             raise AdapterError(f"{asked}: several heads are active, {name!r}; pass the head_name of one.")
         check_names(asked, [name], [*self.heads])
-        head: PredictionHead = self.heads[name]
-        return head
+        return self.heads[name]
 
     # --- embeddings ------------------------------------------------------------------------------------------------
 
-    def get_output_embeddings(self) -> nn.Module | list[nn.Module | None] | None:
+    def get_output_embeddings(self) -> nn.Linear | list[nn.Linear | None] | None:
         """The active head's map onto the vocabulary, or None; a list of them if several heads are active."""
         found = [self.heads[name].get_output_embeddings() for name in HeadPlan.of(self._active_heads).names]
         return found if len(found) > 1 else found[0] if found else None
@@ -306,21 +308,24 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         settings = vars(self.config)
         if not settings.get("tie_word_embeddings") or not settings.get("scale_decoder_outputs", True):
             return {}
-        heads = [head for head in self.heads.values() if head.get_output_embeddings() is not None]
-        if not heads:
+        outputs = [
+            (head, output) for head in self.heads.values() if (output := head.get_output_embeddings()) is not None
+        ]
+        if not outputs:
             return {}
         embeddings = self.get_input_embeddings()
         source = next(path for path, module in self.named_modules() if module is embeddings)
         shape = embeddings.weight.shape
-        fitting = [head for head in heads if head.get_output_embeddings().weight.shape == shape]
+        fitting = [head for head, output in outputs if output.weight.shape == shape]
         return {f"{self._output_path(head)}.weight": f"{source}.weight" for head in fitting}
 
     def _output_path(self, head: PredictionHead) -> str:
         output = head.get_output_embeddings()
-        return f"heads.{head.name}." + next(path for path, module in head.named_modules() if module is output)
+        path: str = next(path for path, module in head.named_modules() if module is output)
+        return f"heads.{head.name}.{path}"
 
     @property
-    def _tied_weights_keys(self) -> dict[str, str]:
+    def _tied_weights_keys(self) -> dict[str, str]:  # type: ignore[override]
         """What transformers reads to tie, load and save: patterns, because a head's name may be one by accident."""
         return {f"{re.escape(path)}$": f"{re.escape(source)}$" for path, source in self._tied_heads().items()}
 

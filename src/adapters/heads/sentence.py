@@ -10,7 +10,7 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     PreTrainedConfig,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 Position = Literal["first", "last", "end", "pooled"]
 
@@ -37,22 +37,24 @@ def sentence_vector(outputs: ModelOutput, config: PreTrainedConfig, inputs: Mapp
     given decoder inputs reads its own input shifted by one, so the input's last ``<eos>`` marks the position.
     """
     hidden: torch.Tensor = outputs[0]
+    rows = torch.arange(len(hidden), device=hidden.device)
+    vectors: torch.Tensor
     match sentence_position(config):
-        case "pooled":
-            pooled: torch.Tensor = outputs["pooler_output"]
-            return pooled
+        case "first":
+            vectors = hidden[:, 0]
         case "last":
-            index = _last_token(hidden, config.get_text_config(), inputs)
+            vectors = hidden[rows, _last_token(hidden, config.get_text_config(), inputs)]
         case "end":
-            index = _last_end(hidden, config.get_text_config(), inputs)
-        case _:
-            return hidden[:, 0]
-    return hidden[torch.arange(len(hidden), device=hidden.device), index]
+            vectors = hidden[rows, _last_end(hidden, config.get_text_config(), inputs)]
+        case "pooled":
+            vectors = outputs["pooler_output"]
+    return vectors
 
 
 def _last_token(hidden: torch.Tensor, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> torch.Tensor:
     length = hidden.shape[1]
-    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    tokens: torch.Tensor | None = inputs.get("input_ids")
+    mask = inputs.get("attention_mask")
     if tokens is not None and config.pad_token_id is not None:
         # A prompt in front makes the hidden states longer than the tokens.
         return _last(tokens != config.pad_token_id) + (length - tokens.shape[1])

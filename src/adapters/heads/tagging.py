@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
     Seq2SeqQuestionAnsweringModelOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .base import IGNORED, PredictionHead, label_ids, with_prompt
 
