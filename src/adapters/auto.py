@@ -47,9 +47,9 @@ class FlexibleAdapterModel(ModelWithFlexibleHeadsAdaptersMixin):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         setattr(self, self.base_model_prefix, self.base_class(config))
-        self.init_adapters()
         self.init_heads()
         self.post_init()
+        self.init_adapters()  # last, because post_init would initialise the adapters' layers as the model's own
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

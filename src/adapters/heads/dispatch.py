@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
-from ..composition import AdapterCompositionBlock, BatchSplit, Parallel
+from ..composition import BatchSplit, Block, Parallel
 from ..errors import AdapterError, CompositionError, listing
 from .base import field_names
 
@@ -16,7 +16,7 @@ CONSUMED = frozenset({"last_hidden_state", "pooler_output"})
 
 CHOICE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
-HeadSetup = str | Sequence[str] | AdapterCompositionBlock | None
+HeadSetup = str | Sequence[str] | Block | None
 
 
 @dataclass
@@ -69,7 +69,7 @@ class HeadPlan:
             return cls(())
         if isinstance(setup, str):
             return cls((setup,))
-        names = tuple(child if isinstance(child, str) else child.last() for child in setup)
+        names = tuple(child.last() if isinstance(child, Block) else child for child in setup)
         return cls(
             names, tuple(setup.batch_sizes) if isinstance(setup, BatchSplit) else None, isinstance(setup, Parallel)
         )

@@ -13,9 +13,9 @@ from torch import nn
 from transformers.utils.generic import ModelOutput
 
 from ..checkpoints import heads as head_files
-from ..composition import AdapterCompositionBlock, parse_heads_from_composition
+from ..composition import Block, parse_heads_from_composition
 from ..context import AdapterSetup
-from ..errors import AdapterError
+from ..errors import AdapterError, listing
 from ..model import ModelAdaptersMixin
 from ..wrap import in_forward_context
 from .adding import HeadAdder
@@ -82,17 +82,18 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
 
     @active_head.setter
     def active_head(self, head: HeadSetup) -> None:
-        for name in HeadPlan.of(head).names:
-            if name not in self.heads:
-                check_names(
-                    f"active_head = {head!r}: Model does not contain a head with name {name!r}", [name], [*self.heads]
-                )
+        missing = [name for name in HeadPlan.of(head).names if name not in self.heads]
+        if missing:
+            raise AdapterError(
+                f"active_head = {head!r}: Model does not contain a head with name {missing[0]!r}; it has "
+                f"{listing(self.heads)}. Add the head with one of the add_*_head methods or load_head."
+            )
         if isinstance(head, str) and head:
             self._active_heads = [head]
             self.config.label2id = self.heads[head].config.get("label2id")
             self.config.id2label = self.get_labels_dict(head)
         else:
-            self._active_heads = head if isinstance(head, AdapterCompositionBlock) else list(head or []) or None
+            self._active_heads = head if isinstance(head, Block) else list(head or []) or None
 
     def set_active_adapters(self, adapter_setup: Any, skip_layers: list[int] | None = None) -> None:
         """Activates adapters, and the heads of the same names if the model has them all.
@@ -106,7 +107,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         """
         super().set_active_adapters(adapter_setup, skip_layers)
         heads = parse_heads_from_composition(self.active_adapters)
-        if heads and all(name in self.heads for name in HeadPlan.of(heads).names):
+        if heads and self._has_heads(heads):
             self.active_head = heads
 
     # --- add and delete --------------------------------------------------------------------------------------------
@@ -177,11 +178,17 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         return result if return_dict else to_tuple(result)
 
     def _plan(self, head: HeadSetup) -> HeadPlan:
-        if head is None and self.heads:
-            head = AdapterSetup.get_context_head_setup()
+        if head is None and (context := AdapterSetup.get_context()) is not None and self.heads:
+            head = context.head_setup
+            # Heads that only follow from the adapters' names are used if they exist, as in set_active_adapters.
+            if head == parse_heads_from_composition(context.adapter_setup) and not self._has_heads(head):
+                head = None
         plan = HeadPlan.of(self._active_heads if head is None else head)
         check_names("forward", plan.names, [*self.heads])
         return plan
+
+    def _has_heads(self, heads: HeadSetup) -> bool:
+        return all(name in self.heads for name in HeadPlan.of(heads).names)
 
     def _decoder_inputs(self, inputs: dict[str, Any], plan: HeadPlan) -> dict[str, Any]:
         """Adds the decoder's inputs if there are none: a language model's labels, else the inputs, shifted right."""
