@@ -1,0 +1,147 @@
+"""What every configuration is: a frozen dataclass, a mapping, and a value with equality and a hash."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, FrozenInstanceError, asdict, fields, is_dataclass
+from typing import Any, ClassVar, Self, cast
+
+from ..errors import ConfigError, listing, suggestion
+
+
+class AdapterConfig(Mapping[str, Any]):
+    """How one adapter is built: the base of the configuration of every method.
+
+    A method's configuration is a dataclass (declared with ``eq=False``) below this class. Its fields can be read as
+    attributes and as the items of a mapping, and are set once: a changed copy comes from :meth:`replace`.
+    Two configurations are equal if their fields are, whatever their class is.
+
+    Raises:
+        ConfigError: a field is unknown or its value is not allowed.
+
+    Example:
+        >>> config = AdapterConfig.load("lora", r=16)
+        >>> config.r, config["alpha"], config == LoRAConfig(r=16)
+        (16, 8, True)
+    """
+
+    architecture: str | None = None
+    """The method's name in files; ``None`` stands for a bottleneck (or a fusion)."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Refuse unknown fields with a message that suggests the right one."""
+        if not is_dataclass(cls):
+            raise ConfigError(f"{cls.__name__}(): the class is abstract; use the configuration of a method.")
+        cls.check_known(values)
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type in (bool, "bool") and not isinstance(self[field.name], bool):
+                raise self.refusal(field.name, "no truth value", "it must be True or False")
+        if "architecture" in self and self.architecture != type(self).architecture:
+            raise self.refusal("architecture", "another method", f"it must be {type(self).architecture!r}")
+        seed = self.get("init_weights_seed")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise self.refusal("init_weights_seed", "no seed", "it must be an integer or None")
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of the fields in the order of their declaration."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def check_known(cls, names: Mapping[str, Any]) -> None:
+        """Raise a ConfigError if one of ``names`` is not a field of this class."""
+        for name in names:
+            if name not in cls.field_names():
+                raise ConfigError(f"{cls.__name__}: unknown field {name!r}; {suggestion(name, cls.field_names())}")
+
+    def refusal(self, field: str, wrong: str, right: str) -> ConfigError:
+        """The error about the value of ``field``: what is ``wrong`` with it and what would be ``right``."""
+        value = self[field]
+        return ConfigError(f"{type(self).__name__}({field}={value!r}): {value!r} is {wrong}; {right}.")
+
+    def normalize(self, field: str, value: Any) -> None:
+        """Give ``field`` the one form of its value, which only ``__post_init__`` may do."""
+        object.__setattr__(self, field, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or name not in self.field_names():
+            raise FrozenInstanceError(
+                f"{type(self).__name__}.{name} = {value!r}: a configuration does not change; "
+                f"make a changed copy with config.replace({name}={value!r})."
+            )
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"del {type(self).__name__}.{name}: a configuration does not change.")
+
+    def __getitem__(self, key: str) -> Any:
+        return self.__dict__[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.field_names())
+
+    def __len__(self) -> int:
+        return len(self.field_names())
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_dict() == other.to_dict() if isinstance(other, AdapterConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(_hashable(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in the order of their declaration, as plain Python values that JSON can hold."""
+        return asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy of the same class with some fields changed.
+
+        Raises:
+            ConfigError: a field is unknown or its value is not allowed.
+        """
+        return type(self)(**{**self.to_dict(), **changes})
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """The configuration of this class with the given fields; an existing configuration is returned as it is.
+
+        Raises:
+            ConfigError: a field is unknown or missing, or its value is not allowed.
+        """
+        if isinstance(config, AdapterConfig):
+            return cast(Self, config)
+        required = [field.name for field in fields(cls) if field.default is field.default_factory is MISSING]
+        missing = [name for name in required if name not in config]
+        if missing:
+            raise ConfigError(f"{cls.__name__}: the fields {listing(missing)} are missing; they have no default.")
+        return cls(**config)
+
+    @staticmethod
+    def load(
+        config: "Mapping[str, Any] | str | None", download_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> "AdapterConfig | None":
+        """The configuration that ``config`` stands for, with the fields in ``kwargs`` changed.
+
+        ``config`` is an identifier (``"lora"``), a config string (``"lora[r=16]|par_bn"``), a dictionary, the path of a
+        JSON file or a configuration. An empty one gives None. A keyword argument that is None changes nothing.
+        ``download_kwargs`` is accepted for scripts written for 1.x and has no effect.
+
+        Raises:
+            ConfigError: ``config`` is none of these, a field is unknown or a value is not allowed.
+
+        Example:
+            >>> AdapterConfig.load("seq_bn", reduction_factor=8).reduction_factor
+            8
+        """
+        from .resolve import load_config  # the classes of the methods derive from this one
+
+        return load_config(config, kwargs)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return frozenset((key, _hashable(entry)) for key, entry in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
