@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from golden import CASES, GOLDENS, GROUPS, archive, arguments, expected
 from golden_runs import deviation, load, new_model, outputs
 

@@ -46,7 +46,8 @@ class Group:
         return architecture in (self.architectures or ARCHITECTURES) and architecture not in self.not_on
 
 
-ARCHITECTURES = ("bert", "roberta", "distilbert", "albert", "gpt2", "llama", "mistral", "t5", "bart", "vit") + (
+ARCHITECTURES = (
+    *("bert", "roberta", "distilbert", "albert", "gpt2", "llama", "mistral", "t5", "bart", "vit"),
     "mt5",  # gated feed-forwards
     "t5_unbiased",  # T5 whose position bias is zero, so that 1.x's shift of it under a prefix has no effect (D8)
 )
@@ -174,7 +175,7 @@ def compositions() -> list[Group]:
     feed_forward = "selfattn_lora=False,intermediate_lora=True,output_lora=True]"
     low_rank_outside = {"a": f"lora[r=2,{feed_forward}", "b": f"lora[r=1,{feed_forward}"}
     opposite = {"a": doubles["a"], "b": "par_bn[reduction_factor=8,mh_adapter=True]"}
-    prefix = {name: "prefix_tuning[prefix_length=5,bottleneck_size=16]" for name in "ab"}
+    prefix = dict.fromkeys("ab", "prefix_tuning[prefix_length=5,bottleneck_size=16]")
     fusions = {"a,b": "static", "b,c": "dynamic"}
     splits = {"split": "Split('a', 'b', splits=[3, 4])", "stack_split": "Stack('c', Split('a', 'b', splits=[2, 5]))"}
     two = {"a": bottlenecks["a"], "b": bottlenecks["b"]}
@@ -227,7 +228,7 @@ def heads() -> list[Group]:
     decoders = ("gpt2", "llama", "mistral")
     offered = dict.fromkeys(kinds, encoders + decoders) | {"classification_pooler": ("bert", "roberta", "albert")}
     offered |= {"masked_lm": encoders, "masked_lm_one_layer": encoders, "image": ("vit",)}
-    offered |= {name: ("bert", "roberta", *decoders) for name in ("causal_lm", "causal_lm_one_layer")}
+    offered |= dict.fromkeys(("causal_lm", "causal_lm_one_layer"), ("bert", "roberta", *decoders))
     offered |= {name: offered[name] + ("bart", "t5") for name in ("classification", "regression", "multilabel")}
     groups = [
         one(f"head_{name}", config, model="AutoAdapterModel", labels=labels, head_type=head_type,
@@ -260,7 +261,7 @@ def others() -> list[Group]:
     """
     headed = {"model": "AutoAdapterModel"}
     b5 = "B5: 1.x shapes VeRA's shared matrices after the first projection"
-    vera_wrong = {name: b5 for name in ("llama", "mistral")}
+    vera_wrong = dict.fromkeys(("llama", "mistral"), b5)
     configs: dict[str, tuple[str, dict[str, object]]] = {
         "compacter": ("compacter[reduction_factor=4,phm_dim=2]", {**headed, "known_wrong": C1}),
         "compacter_plus_plus": ("compacter++[reduction_factor=4]", headed),

@@ -75,7 +75,7 @@ def model_inputs(architecture: str) -> dict[str, dict[str, torch.Tensor]]:
     source, config = generator(f"inputs of {architecture}"), model_config(architecture)
     if architecture == "vit":
         pixels = {"pixel_values": torch.randn((3, 3, 8, 8), generator=source).bfloat16().float()}
-        return {name: pixels for name in ("plain", "classify", "tasks")}
+        return dict.fromkeys(("plain", "classify", "tasks"), pixels)
     tokens, mask = _tokens(config, source)
     padding = config.pad_token_id or 0
     right = {"input_ids": torch.where(mask.bool(), tokens, padding), "attention_mask": mask}

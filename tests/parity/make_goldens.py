@@ -31,13 +31,13 @@ from typing import Any
 
 import torch
 import transformers
+from golden_cases import ARCHITECTURES, Group, all_groups
+from golden_models import LENGTHS, base_model, disturb, labels, model_inputs
+from golden_runs import deviation, load, new_model, outputs, real_tokens, run
 from safetensors.torch import save_file
 
 from adapters import composition
 from adapters.configuration import DynamicAdapterFusionConfig
-from golden_cases import ARCHITECTURES, Group, all_groups
-from golden_models import LENGTHS, base_model, disturb, labels, model_inputs
-from golden_runs import deviation, load, new_model, outputs, real_tokens, run
 
 GOLDENS = Path(__file__).parent / "goldens"
 VERSIONS = {"adapters": "1.3.0", "transformers": "4.57.6"}

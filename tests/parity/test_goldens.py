@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-
-from adapters import AdapterConfig
 from golden import CASES, GROUPS, Case, Group, archive, arguments, digest, evidence, expected, saved, settings, tensors
 from golden_runs import load, new_model, outputs
 
+from adapters import AdapterConfig
+
 # Groups of methods that the library does not have yet; the change that adds a method takes its line away.
 PENDING = ("other/",)
+
+# Fields that 1.x computes with and does not save (configs.md, D11 and E2); here they are saved.
+NEW_FIELDS = {"subtract_projection", "random_uniform_scale"}
 
 COMPARED = [case for case in CASES if case.inputs]
 WITH_PREFIX = [case for case in COMPARED if "prefix_tuning" in str(GROUPS[case.group].adapters)]
@@ -77,8 +80,17 @@ def test_files_are_written_as_they_were(architecture: str, group: str, tmp_path:
     assert digest(saved(tmp_path, GROUPS[group])) == evidence()[f"{architecture}/{group}"]["digest"]
 
 
+def known_fields(read: Any) -> Any:
+    """JSON without the fields that 1.x does not save."""
+    if isinstance(read, list):
+        return [known_fields(part) for part in read]
+    if not isinstance(read, dict):
+        return read
+    return {key: known_fields(value) for key, value in read.items() if key not in NEW_FIELDS}
+
+
 def compare(old: Path, new: Path) -> None:
-    assert settings(new) == settings(old)
+    assert known_fields(settings(new)) == settings(old)
     wanted, found = tensors(old), tensors(new)
     assert found.keys() == wanted.keys()
     for file in wanted:
@@ -99,7 +111,7 @@ def test_config_strings_mean_the_same(group: Group) -> None:
     for (kind, name), folder in saved(archive(architecture), group).items():
         if kind == "adapters":
             wanted = settings(folder)["adapter_config.json"]["config"]
-            assert AdapterConfig.load(group.adapters[name]).to_dict() == wanted
+            assert known_fields(AdapterConfig.load(group.adapters[name]).to_dict()) == wanted
 
 
 def test_what_is_left_out_has_a_reason() -> None:
