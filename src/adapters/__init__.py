@@ -1,0 +1,52 @@
+"""Parameter-efficient and modular fine-tuning for transformers: adapters, their composition, heads and checkpoints.
+
+Names are imported from where they are defined when they are first used.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "2.0.0.dev0"
+
+_MODULES: dict[str, tuple[str, ...]] = {
+    "wrap": ("init", "load_model", "init_adapters_config"),
+    "composition": (
+        "AdapterCompositionBlock", "Average", "BatchSplit", "Fuse", "MultiTask", "Parallel", "Split", "Stack",
+        "parse_composition", "validate_composition",
+    ),
+    "context": ("AdapterSetup",),
+    "model": ("ModelAdaptersMixin",),
+    "configuration": (
+        "ADAPTERFUSION_CONFIG_MAP", "ADAPTER_CONFIG_MAP", "AdapterConfig", "AdapterFusionConfig", "AdapterPlusConfig",
+        "BnConfig", "CompacterConfig", "CompacterPlusPlusConfig", "ConfigUnion", "DEFAULT_ADAPTERFUSION_CONFIG",
+        "DEFAULT_ADAPTER_CONFIG", "DiReftConfig", "DoRAConfig", "DoubleSeqBnConfig", "DoubleSeqBnInvConfig", "DvoRAConfig",
+        "DynamicAdapterFusionConfig", "IA3Config", "LoRAConfig", "LoReftConfig", "MAMConfig", "MTLLoRAConfig",
+        "ModelAdaptersConfig", "MultiTaskConfig", "NoReftConfig", "ParBnConfig", "PrefixTuningConfig",
+        "PromptTuningConfig", "ReftConfig", "SeqBnConfig", "SeqBnInvConfig", "StaticAdapterFusionConfig", "UniPELTConfig",
+        "VeraConfig", "get_adapter_config_hash",
+    ),
+    "heads": (
+        "BertStyleMaskedLMHead", "CausalLMHead", "ClassificationHead", "ModelWithFlexibleHeadsAdaptersMixin",
+        "MultiHeadOutput", "MultiLabelClassificationHead", "PredictionHead", "TaggingHead",
+    ),
+    "auto": ("ADAPTER_MODEL_MAPPING", "AutoAdapterModel"),
+    "training": ("AdapterArguments", "setup_adapter_training"),
+    "trainer": ("AdapterTrainer", "AdapterTrainerCallback", "Seq2SeqAdapterTrainer"),
+    "errors": ("AdapterError", "CheckpointError", "CompositionError", "ConfigError", "UnknownAdapterError"),
+}  # fmt: skip
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its module; ``XAdapterModel`` for every architecture X from ``adapters.auto``."""
+    module = _HOMES.get(name) or ("auto" if name.endswith("AdapterModel") else None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    """All public names."""
+    return sorted({*globals(), *__all__})

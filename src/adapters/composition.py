@@ -1,0 +1,387 @@
+"""Composition blocks: how the adapters of a setup work together, and the one function that gives them meaning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+
+import torch
+
+from .errors import CompositionError, listing
+from .signals import Signal
+
+if TYPE_CHECKING:
+    from .sites import Site
+
+S = TypeVar("S", bound=Signal)
+
+
+class Block(Sequence["Setup"]):
+    """A node of a composition. Its children are adapter names, blocks, or None for the unadapted model.
+
+    Blocks are immutable; two are equal when their types, children and parameters are.
+    """
+
+    children: tuple[Setup, ...]
+    parameters: tuple[str, ...] = ()
+
+    def __init__(self, *children: Any) -> None:
+        """Take names, blocks, lists (read as a Stack) or None."""
+        self._set("children", tuple(parse_composition(child, level=None) for child in children))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} = …: blocks are immutable; build a new block instead.")
+
+    @overload
+    def __getitem__(self, index: int) -> Setup: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Setup]: ...
+    def __getitem__(self, index: int | slice) -> Setup | Sequence[Setup]:
+        """The direct child at `index`."""
+        return self.children[index]
+
+    def __len__(self) -> int:
+        """The number of direct children."""
+        return len(self.children)
+
+    def _key(self) -> tuple[Any, ...]:
+        values = (getattr(self, name) for name in self.parameters)
+        return (type(self), self.children, *(tuple(v) if isinstance(v, list) else v for v in values))
+
+    def __eq__(self, other: object) -> bool:
+        """Same type, same children, same parameters."""
+        return isinstance(other, Block) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        """Consistent with equality."""
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        """As in ``Stack[a, Fuse[b, c]]``."""
+        return f"{type(self).__name__}[{', '.join(map(str, self.children))}]"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle through the constructor's result, not through the (forbidden) attribute assignment."""
+        return _restore, (type(self), self.children, {name: getattr(self, name) for name in self.parameters})
+
+    def leaves(self) -> Iterator[str]:
+        """The adapter names, left to right."""
+        for child in self.children:
+            if isinstance(child, Block):
+                yield from child.leaves()
+            elif child is not None:
+                yield child
+
+    def flatten(self) -> set[str]:
+        """The set of adapter names."""
+        return set(self.leaves())
+
+    def first(self) -> str:
+        """The first adapter name."""
+        return next(self.leaves())
+
+    def last(self) -> str:
+        """The last adapter name."""
+        return list(self.leaves())[-1]
+
+    @property
+    def parallel_channels(self) -> int:
+        """How many copies of the batch the setup needs."""
+        own = len(self.children) if isinstance(self, Parallel) else 1
+        return max([own, *(child.parallel_channels for child in self.children if isinstance(child, Block))])
+
+    def with_children(self, children: Sequence[Setup]) -> Self:
+        """The same block with other children."""
+        return _restore(type(self), tuple(children), {name: getattr(self, name) for name in self.parameters})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of ``adapter_setup.json``."""
+        single: Any = lambda child: (
+            child.to_dict() if isinstance(child, Block) else {"type": "single", "children": [child]}
+        )
+        data: dict[str, Any] = {"type": type(self).__name__, "children": [single(child) for child in self.children]}
+        kwargs = {name: getattr(self, name) for name in self.parameters}
+        return data | {"kwargs": kwargs} if kwargs else data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Setup:
+        """The inverse of ``to_dict``."""
+        if data["type"] == "single":
+            name: str | None = data["children"][0]
+            return name
+        block = BLOCKS.get(data["type"])
+        if block is None:
+            raise CompositionError(
+                f"from_dict({data!r}): no block is named {data['type']!r}; known are {listing(BLOCKS)}."
+            )
+        kwargs = dict(data.get("kwargs", {}))
+        if block is Average:
+            kwargs["normalize_weights"] = False
+        return block(*(cls.from_dict(child) for child in data["children"]), **kwargs)
+
+
+AdapterCompositionBlock = Block
+Setup = Block | str | None
+B = TypeVar("B", bound=Block)
+
+
+def _restore(block: type[B], children: tuple[Setup, ...], parameters: dict[str, Any]) -> B:
+    new = object.__new__(block)
+    for name, value in {"children": children, **parameters}.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+class Stack(Block):
+    """The children one after the other, left to right."""
+
+
+class Fuse(Block):
+    """AdapterFusion: attention over the children's outputs. `name` is the fusion's; by default the joined names."""
+
+    name: str
+    parameters = ("name",)
+
+    def __init__(self, *children: Any, name: str | None = None) -> None:
+        """See the class."""
+        super().__init__(*children)
+        default = ",".join(c.last() if isinstance(c, Block) else str(c) for c in self.children)
+        self._set("name", name or default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for any block; the name only where it is not the default, so that 1.x reads the rest."""
+        data = super().to_dict()
+        if self.name == Fuse(*self.children).name:
+            del data["kwargs"]
+        return data
+
+
+class Split(Block):
+    """Consecutive parts of the sequence: child i gets `splits[i]` positions."""
+
+    splits: list[int]
+    parameters = ("splits",)
+
+    def __init__(self, *children: Any, splits: int | list[int]) -> None:
+        """An int stands for that many positions for every child."""
+        super().__init__(*children)
+        self._set("splits", _sizes(self, "splits", splits))
+
+
+class BatchSplit(Block):
+    """Consecutive parts of the batch: child i gets `batch_sizes[i]` rows."""
+
+    batch_sizes: list[int]
+    parameters = ("batch_sizes",)
+
+    def __init__(self, *children: Any, batch_sizes: int | list[int]) -> None:
+        """An int stands for that many rows for every child."""
+        super().__init__(*children)
+        self._set("batch_sizes", _sizes(self, "batch_sizes", batch_sizes))
+
+
+class Parallel(Block):
+    """Every child gets a copy of the whole batch; the outputs stand one after the other."""
+
+
+class Average(Block):
+    """The weighted mean of the children's outputs: sum_i w_i f_i(x)."""
+
+    weights: list[float]
+    parameters = ("weights",)
+
+    def __init__(self, *children: Any, weights: list[float] | None = None, normalize_weights: bool = True) -> None:
+        """Without `weights` all children count the same; `normalize_weights` makes the weights sum to 1."""
+        super().__init__(*children)
+        count = len(self.children)
+        if weights is not None and len(weights) != count:
+            raise CompositionError(
+                f"Average(weights={weights}): {len(weights)} weights for {count} children; give one each."
+            )
+        values = [1.0 / count] * count if weights is None else [float(weight) for weight in weights]
+        if weights is not None and normalize_weights:
+            if not sum(values):
+                raise CompositionError(
+                    f"Average(weights={weights}): the weights sum to 0; pass normalize_weights=False."
+                )
+            values = [value / sum(values) for value in values]
+        self._set("weights", values)
+
+
+class MultiTask(Block):
+    """Each row goes to the child that `task_ids` names."""
+
+
+BLOCKS: dict[str, type[Block]] = {
+    block.__name__: block for block in (Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask)
+}
+
+ALLOWED_NESTINGS: dict[type[Block], list[type]] = {
+    Stack: [str, Fuse, Split, Parallel, BatchSplit, Average, MultiTask],
+    Fuse: [str, Stack],
+    Split: [str, Split, Stack, BatchSplit, Average],
+    Parallel: [str, Stack, BatchSplit, Average],
+    BatchSplit: [str, Stack, Split, BatchSplit, Average],
+    Average: [str, Stack, Split, BatchSplit],
+    MultiTask: [str, Stack, Average, Fuse],
+}
+
+
+def _sizes(block: Block, name: str, sizes: int | list[int]) -> list[int]:
+    values = [sizes] * len(block.children) if isinstance(sizes, int) else list(sizes)
+    kind = type(block).__name__
+    if len(values) != len(block.children):
+        raise CompositionError(
+            f"{kind}({name}={values}): {len(values)} sizes for {len(block.children)} children; give one size for each child."
+        )
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise CompositionError(f"{kind}({name}={values}): sizes are whole numbers of at least 0.")
+    return values
+
+
+def validate_composition(adapter_composition: Setup, level: int = 0, model_type: str | None = None) -> None:
+    """Check a setup against the table of allowed nestings.
+
+    Raises:
+        CompositionError: a block stands where it may not, or deeper than a Stack within a block.
+    """
+    if level > 1 and not (adapter_composition is None or isinstance(adapter_composition, (str, Stack))):
+        raise CompositionError(
+            f"{adapter_composition}: the setup is too deep, {type(adapter_composition).__name__} stands at level {level}; "
+            "below the second level only names and Stack are allowed."
+        )
+    if isinstance(adapter_composition, Block):
+        allowed = ALLOWED_NESTINGS[type(adapter_composition)]
+        for child in adapter_composition.children:
+            if child is not None and type(child) not in allowed:
+                raise CompositionError(
+                    f"{adapter_composition}: cannot nest {type(child).__name__} in {type(adapter_composition).__name__}; "
+                    f"allowed there are {listing(kind.__name__ for kind in allowed)}."
+                )
+            validate_composition(child, level + 1, model_type)
+
+
+@overload
+def parse_composition(adapter_composition: Any, level: int = 0, model_type: str | None = None) -> Block | None: ...
+@overload
+def parse_composition(adapter_composition: Any, level: None, model_type: str | None = None) -> Setup: ...
+def parse_composition(adapter_composition: Any, level: int | None = 0, model_type: str | None = None) -> Setup:
+    """Read a setup: a name, a block, or (deprecated) nested lists, where a list within a list is a Fuse.
+
+    Raises:
+        TypeError: `adapter_composition` is none of these. CompositionError: see ``validate_composition``.
+    """
+    if isinstance(adapter_composition, Block) and len(adapter_composition):
+        if level is not None:
+            validate_composition(adapter_composition, level, model_type)
+        return adapter_composition
+    if not adapter_composition:
+        return None
+    if isinstance(adapter_composition, str):
+        return Stack(adapter_composition) if level == 0 else adapter_composition
+    if isinstance(adapter_composition, Sequence):
+        warnings.warn(
+            f"{adapter_composition!r}: activating adapters through a list is deprecated; use Stack and Fuse.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        deeper: Any = None if level is None else level + 1
+        block = Fuse if level == 1 else Stack
+        return block(*(parse_composition(child, deeper, model_type) for child in adapter_composition))
+    raise TypeError(
+        f"{adapter_composition!r}: a setup is an adapter name, a composition block or a list, not {type(adapter_composition).__name__}."
+    )
+
+
+def parse_heads_from_composition(adapter_composition: Setup, reference_heads: Any = None) -> Any:
+    """The heads that a setup calls for: a name, a list (Parallel), a BatchSplit of names, or None.
+
+    Raises:
+        CompositionError: a BatchSplit names an adapter for which `reference_heads` has no head.
+    """
+    final = adapter_composition.children[-1] if isinstance(adapter_composition, Stack) else adapter_composition
+    if isinstance(final, str):
+        return final if reference_heads is None or final in reference_heads else None
+    if isinstance(final, Parallel):
+        return [child.last() if isinstance(child, Block) else child for child in final.children]
+    if isinstance(final, BatchSplit):
+        names = [child.last() if isinstance(child, Block) else child for child in final.children]
+        if reference_heads is not None and not all(name in reference_heads for name in names):
+            raise CompositionError(
+                f"{final}: missing at least one head for the given BatchSplit setup; it needs heads named {listing(map(str, names))}, "
+                f"the model has {listing(reference_heads)}. Add them with add_classification_head or another add_*_head."
+            )
+        return BatchSplit(*names, batch_sizes=final.batch_sizes)
+    return None
+
+
+def evaluate(tree: Setup, signal: S, site: Site) -> S:
+    """Send `signal` through `tree` at `site`; a name with no module there, or None, is the identity."""
+    if tree is None:
+        return signal
+    if isinstance(tree, str):
+        return site.apply(tree, signal)
+    if isinstance(tree, Stack):
+        for child in tree.children:
+            signal = evaluate(child, signal, site)
+        return signal
+    if isinstance(tree, Fuse):
+        return site.fuse(tree, signal)
+    if isinstance(tree, Average):
+        return type(signal).mean([evaluate(child, signal, site) for child in tree.children], tree.weights)
+    if isinstance(tree, Split):
+        return _evaluate_split(tree, signal, site)
+    if isinstance(tree, MultiTask):
+        return _evaluate_multitask(tree, signal, site)
+    if isinstance(tree, BatchSplit):
+        sizes = _batch_sizes(tree, len(signal), site)
+    else:  # Parallel: the batch was repeated once per child when it entered the model
+        sizes = [len(signal) // len(tree)] * len(tree)
+    return _evaluate_rows(tree.children, sizes, signal, site)
+
+
+def _evaluate_rows(children: Sequence[Setup], sizes: Sequence[int], signal: S, site: Site) -> S:
+    parts = zip(children, sizes, signal.split(sizes), strict=True)
+    outputs = [evaluate(child, part, site) for child, size, part in parts if size]
+    return replace(type(signal).cat(outputs), rows=signal.rows)
+
+
+def _batch_sizes(tree: BatchSplit, rows: int, site: Site) -> list[int]:
+    sizes, total = tree.batch_sizes, sum(tree.batch_sizes)
+    if rows == total:
+        return sizes
+    if total and rows % total == 0 and site.rows_are_expanded:  # generate repeats each row in place for its beams
+        return [size * (rows // total) for size in sizes]
+    raise CompositionError(
+        f"BatchSplit(batch_sizes={sizes}): sizes sum to {total}, the batch has {rows} rows; they must be equal."
+    )
+
+
+def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
+    length = signal.positions()
+    if sum(tree.splits) != length:
+        raise CompositionError(
+            f"Split(splits={tree.splits}): sizes sum to {sum(tree.splits)}, the sequence has {length} positions; they must be equal."
+        )
+    parts, start = [], 0
+    for child, size in zip(tree.children, tree.splits, strict=True):
+        if size:
+            parts.append(evaluate(child, signal.window(start, start + size), site))
+        start += size
+    return type(signal).join(parts, 1)
+
+
+def _evaluate_multitask(tree: MultiTask, signal: S, site: Site) -> S:
+    tasks = site.task_ids(tree)
+    if signal.rows is not None:
+        tasks = tasks[signal.rows]
+    order = torch.argsort(tasks, stable=True)
+    sizes = torch.bincount(tasks, minlength=len(tree)).tolist()
+    sorted_signal = signal.take(order)
+    output = _evaluate_rows(tree.children, sizes, sorted_signal, site)
+    return replace(output.take(torch.argsort(order)), rows=signal.rows)

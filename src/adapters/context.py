@@ -1,0 +1,174 @@
+"""The frozen facts of the forward pass in progress, and the contexts that users open around it.
+
+All of it is per thread. It is a ``threading.local`` and not a ``ContextVar``, since ``torch.compile(fullgraph=True)``
+cannot trace ``ContextVar.get``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
+
+from .composition import Block, Setup, parse_composition, parse_heads_from_composition
+
+if TYPE_CHECKING:
+    from .sitemap import SiteMap
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a pass was asked to report: name -> layer -> location -> values (b, …)."""
+
+    gating_scores: dict[str, dict[int, dict[str, list[Tensor]]]] | None = None
+    fusion_attentions: dict[str, dict[int, dict[str, list[Tensor]]]] | None = None
+
+    @classmethod
+    def of(cls, gating_scores: bool, fusion_attentions: bool) -> Self | None:
+        """An empty record of what is asked for, or None if nothing is."""
+        if not (gating_scores or fusion_attentions):
+            return None
+        return cls(_nested() if gating_scores else None, _nested() if fusion_attentions else None)
+
+
+def _nested() -> dict[str, dict[int, dict[str, list[Tensor]]]]:
+    return defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass of one model.
+
+    sites: the model's sites; setup: the effective composition; plans: the part of it that acts at each site, by the
+    site's index; masks: by stack ("", "encoder", "decoder") the attention mask (b, s) that the model was given; task_ids: (b,);
+    repeated: the batch already has a copy for every channel of Parallel; record: what to report.
+    """
+
+    sites: SiteMap
+    setup: Block | None
+    plans: tuple[Setup, ...]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    task_ids: Tensor | None = None
+    repeated: bool = False
+    record: Record | None = None
+
+
+class _State(threading.local):
+    """What this thread is doing."""
+
+    def __init__(self) -> None:
+        self.forward: Forward | None = None
+        self.setups: tuple[AdapterSetup, ...] = ()
+        self.generating: SiteMap | None = None
+        self.kept: dict[int, Any] = {}
+
+
+state = _State()
+
+
+def current() -> Forward | None:
+    """The pass in progress in this thread."""
+    return state.forward
+
+
+def keeping_context(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run later under the pass of now: gradient checkpointing runs a layer again in the backward pass."""
+    now = state.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        previous, state.forward = state.forward, now
+        try:
+            return function(*args, **kwargs)
+        finally:
+            state.forward = previous
+
+    return run
+
+
+def token_mean(values: Tensor, stack: str, rows: Tensor | None) -> Tensor:
+    """(b, k) the mean of (b, s, k) over the real tokens of each row; over all positions where no mask says more."""
+    mask = None if state.forward is None else state.forward.masks.get(stack)
+    if mask is not None and rows is not None:
+        mask = mask[rows]
+    if mask is None or mask.shape != values.shape[:2]:
+        return values.mean(1)
+    weights = mask.to(values.dtype)[..., None]
+    return (values * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+
+
+@contextmanager
+def generating(sites: SiteMap) -> Iterator[None]:
+    """While ``generate`` runs: the inputs of `sites`' model were repeated for Parallel once, at its start."""
+    previous, state.generating = state.generating, sites
+    try:
+        yield
+    finally:
+        state.generating = previous
+
+
+@dataclass(eq=False)
+class AdapterSetup:
+    """Within the ``with`` block, in this thread, `adapter_setup` acts in place of the active adapters.
+
+    Args:
+        adapter_setup: a name, block or list as for ``set_active_adapters``; None switches adapters off.
+        head_setup: heads to use; without it they follow from `adapter_setup`.
+        ignore_empty: with both setups None, leave an outer context (or the active adapters) in force.
+
+    Example:
+        >>> with AdapterSetup("sst-2"):
+        ...     model(**inputs)
+    """
+
+    adapter_setup: Any
+    head_setup: Any = None
+    ignore_empty: bool = False
+    _outer: list[tuple[AdapterSetup, ...]] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Parse the setup; whether its names exist is known only when a model runs."""
+        self.adapter_setup = parse_composition(self.adapter_setup)
+        if self.head_setup is None and self.adapter_setup is not None:
+            self.head_setup = parse_heads_from_composition(self.adapter_setup)
+        self._empty = self.ignore_empty and self.adapter_setup is None and self.head_setup is None
+
+    def __enter__(self) -> Self:
+        """Put the setup in force."""
+        self._outer.append(state.setups)
+        if not self._empty:
+            state.setups = (*state.setups, self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Restore what was in force before."""
+        state.setups = self._outer.pop()
+
+    @classmethod
+    def get_contexts(cls) -> list[AdapterSetup]:
+        """All open contexts of this thread, outermost first."""
+        return list(state.setups)
+
+    @classmethod
+    def get_context(cls) -> AdapterSetup | None:
+        """The innermost open context of this thread."""
+        return state.setups[-1] if state.setups else None
+
+    @classmethod
+    def get_context_adapter_setup(cls) -> Block | None:
+        """The adapter setup of the innermost context."""
+        context = cls.get_context()
+        return context.adapter_setup if context else None
+
+    @classmethod
+    def get_context_head_setup(cls) -> Any:
+        """The head setup of the innermost context."""
+        context = cls.get_context()
+        return context.head_setup if context else None

@@ -1,0 +1,42 @@
+"""The errors of this library: one family, each also of the type that 1.x raised at the same place.
+
+A message reads ``<what was asked>: <what is wrong, with the value>; <what would be right>. <how to get there>.``
+"""
+
+from difflib import get_close_matches
+from collections.abc import Iterable
+
+
+class AdapterError(ValueError):
+    """Base of all errors that a caller of this library may catch."""
+
+
+class CompositionError(AdapterError, IndexError):
+    """A composition block does not fit the model, its adapters or the batch."""
+
+
+class ConfigError(AdapterError, TypeError):
+    """A configuration has an unknown field or a value that no method accepts."""
+
+
+class UnknownAdapterError(AdapterError, AssertionError):
+    """An adapter, fusion or head of that name is not part of the model."""
+
+
+class CheckpointError(AdapterError, OSError):
+    """A checkpoint is missing, incomplete, broken or does not fit the model."""
+
+
+def listing(names: Iterable[str]) -> str:
+    """The names as they stand in a message: ``'a', 'b' and 'c'``, or ``none``."""
+    quoted = [repr(name) for name in names]
+    if not quoted:
+        return "none"
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` for the closest known name, else the list of the known ones."""
+    known = list(known)
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {listing(known)}."

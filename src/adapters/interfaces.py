@@ -1,0 +1,10 @@
+"""Data on architectures that no rule can read off a model, each row with its reason."""
+
+SWAPPED_FEED_FORWARD: frozenset[str] = frozenset({"llama", "mistral"})
+"""Model types for which 1.x ties `intermediate_lora` to the down projection and `output_lora` to the up projection.
+
+Kept since 1.x's checkpoints of these two families pair the flags and the weights so.
+"""
+
+PREFIX_LOCATIONS: dict[str, str] = {"distilbert": "self"}
+"""Model types whose prefixes stand under another name than ``self_prefix`` in 1.x's checkpoints and ``get_adapter``."""

@@ -1,0 +1,111 @@
+"""What an adapter method has to say, and the table of those that exist."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .configuration.base import AdapterConfig
+from .context import current
+from .errors import AdapterError
+from .signals import Signal
+from .sites import Site
+
+S = TypeVar("S", bound=Signal)
+M = TypeVar("M", bound="type[AdapterModule[Any]]")
+
+METHODS: dict[type[AdapterConfig], list[type[AdapterModule[Any]]]] = {}
+
+
+class AdapterModule(nn.Module, ABC, Generic[S]):
+    """One adapter at one site.
+
+    container: the name under which such modules stand in a state dict (``<site>.<container>.<adapter>.…``);
+    shared_container: the same for what the modules of one adapter share, at the base model;
+    name, layer, location: whose module this is and where, set by the site that takes it in.
+    """
+
+    container: ClassVar[str]
+    name: str
+    layer: int
+    location: str
+    shared_container: ClassVar[str] = "shared_parameters"
+    site_type: ClassVar[type[Site]]
+
+    @classmethod
+    @abstractmethod
+    def wants(cls, config: Any, site: Any) -> bool:
+        """Does `config` put a module at `site`?"""
+
+    @abstractmethod
+    def forward(self, signal: S) -> S:
+        """The mathematics of the method: a signal in, a signal of the same rows out."""
+
+    @classmethod
+    def share(cls, config: Any, sites: Sequence[Any]) -> nn.Module | None:
+        """What the modules of one adapter at `sites` have in common, if anything; each gets it as ``shared``."""
+        return None
+
+    def report_gate(self, gate: Tensor) -> None:
+        """Note the gate (b, k) where the forward call asks for ``output_adapter_gating_scores``."""
+        forward = current()
+        if forward is not None and forward.record is not None and forward.record.gating_scores is not None:
+            forward.record.gating_scores[self.name][self.layer][self.location].append(gate.detach())
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The weight (out, in) of the site's linear map with this adapter worked in."""
+        raise AdapterError(
+            f"merge_adapter: {type(self).__name__} cannot be merged into a weight; LoRA can. Keep it active instead."
+        )
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw from a generator of this seed within the block and leave the global one as it was; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def activation(name: str) -> nn.Module:
+    """The activation of that name: one of transformers' or ``leakyrelu``."""
+    if name.lower() == "leakyrelu":
+        return nn.LeakyReLU()
+    module: nn.Module = ACT2FN[name.lower()]
+    return module
+
+
+def register(config_type: type[AdapterConfig], site_type: type[Site]) -> Callable[[M], M]:
+    """Enter a method: adapters with a `config_type` may have such a module at every `site_type`."""
+
+    def enter(module_type: M) -> M:
+        module_type.site_type = site_type
+        METHODS.setdefault(config_type, []).append(module_type)
+        return module_type
+
+    return enter
+
+
+def methods_of(config: AdapterConfig) -> list[type[AdapterModule[Any]]]:
+    """The module classes for a configuration.
+
+    Raises:
+        AdapterError: this version has no implementation of the method.
+    """
+    found = [cls for kind, classes in METHODS.items() if isinstance(config, kind) for cls in classes]
+    if not found:
+        known = sorted({kind.__name__ for kind in METHODS})
+        raise AdapterError(
+            f"add_adapter(config={type(config).__name__}): this version has no implementation of it; "
+            f"it has those of {', '.join(known)} and their subclasses."
+        )
+    return found

@@ -1,0 +1,166 @@
+"""Prefix tuning: learned keys and values in front of those of an attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+
+from ..attention import AttentionSite
+from ..configuration.base import AdapterConfig
+from ..configuration.checks import check_activation, check_fraction, check_integer, check_layers
+from ..configuration.registry import register_architecture, register_config
+from ..context import token_mean
+from ..method import AdapterModule, activation, register, seeded
+from ..signals import PrefixSignal
+
+
+@dataclass(eq=False)
+class PrefixTuningConfig(AdapterConfig):
+    """Learned keys and values in front of those of every attention. Li and Liang 2021, arXiv:2101.00190.
+
+    The prefix of a decoder's self-attention is always there; ``encoder_prefix`` and ``cross_prefix`` add those of an
+    encoder-decoder's encoder and of its cross attention. The prefix comes from a two-layer network of width
+    ``bottleneck_size`` with ``non_linearity`` in between, or (``flat``) is a parameter of its own.
+
+    Raises:
+        ConfigError: a field is unknown or its value is not allowed.
+    """
+
+    architecture: str | None = "prefix_tuning"
+    encoder_prefix: bool = True
+    cross_prefix: bool = True
+    leave_out: list[int] = field(default_factory=list)
+    flat: bool = False
+    prefix_length: int = 30
+    bottleneck_size: int = 512
+    non_linearity: str = "tanh"
+    dropout: float = 0.0
+    use_gating: bool = False
+    shared_gating: bool = True
+    init_weights_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self, "leave_out")
+        check_integer(self, "prefix_length", least=1)
+        check_integer(self, "bottleneck_size", least=1)
+        check_activation(self, "non_linearity")
+        check_fraction(self, "dropout")
+
+
+register_architecture("prefix_tuning", PrefixTuningConfig)
+register_config("prefix_tuning", PrefixTuningConfig())
+register_config("prefix_tuning_flat", PrefixTuningConfig(flat=True))
+
+
+class PrefixGroup(nn.Module):
+    """The prefixes of all layers of one kind of attention: P = L2 act(L1 E), or a parameter if ``flat``.
+
+    Viewed as (p, 2 n, heads, head width), slot 2i holds the keys and slot 2i + 1 the values of the i-th of n layers.
+    Each layer computes its own slice only, so that no layer depends on what another one has computed.
+    """
+
+    def __init__(self, config: PrefixTuningConfig, sites: Sequence[AttentionSite]) -> None:
+        super().__init__()
+        site = sites[0]
+        self.length, self.layers = config.prefix_length, len(sites)
+        self.heads, self.head_width = site.heads, site.head_width
+        self.positions = {member.index: position for position, member in enumerate(sites)}
+        self._kept: dict[int, Tensor] = {}
+        self._kept_for: tuple[object, ...] = ()
+        size = 2 * len(sites) * site.heads * site.head_width
+        self.control_trans: nn.Sequential | nn.Parameter
+        with seeded(config.init_weights_seed):
+            if config.flat:
+                self.control_trans = nn.Parameter(torch.randn(config.prefix_length * size))
+                return
+            self.wte = nn.Embedding(config.prefix_length, site.width)
+            self.control_trans = nn.Sequential(
+                nn.Linear(site.width, config.bottleneck_size),
+                activation(config.non_linearity),
+                nn.Linear(config.bottleneck_size, size),
+            )
+
+    def layer(self, index: int) -> Tensor:
+        """(2, heads, p, head width) the keys and values of the `index`-th layer.
+
+        Without gradients they are computed once and kept until a parameter changes.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._compute(index)
+        stamp = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        if stamp != self._kept_for:
+            self._kept, self._kept_for = {}, stamp
+        if index not in self._kept:
+            self._kept[index] = self._compute(index)
+        return self._kept[index]
+
+    def _compute(self, index: int) -> Tensor:
+        if isinstance(self.control_trans, nn.Parameter):
+            slots = self.control_trans.view(self.length, self.layers, -1)[:, index]
+        else:
+            first, act, second = self.control_trans
+            assert isinstance(second, nn.Linear)
+            size = 2 * self.heads * self.head_width
+            rows = slice(index * size, (index + 1) * size)
+            slots = linear(act(first(self.wte.weight)), second.weight[rows], second.bias[rows])
+        return slots.view(self.length, 2, self.heads, self.head_width).permute(1, 2, 0, 3)
+
+
+@register(PrefixTuningConfig, AttentionSite)
+class Prefix(AdapterModule[PrefixSignal]):
+    """softmax(q [P_k; K]^T / sqrt(w)) [P_v; V]
+
+    Learned keys and values in front of an attention's own; they have no position and every query sees them. Li and
+    Liang 2021, arXiv:2101.00190, section 4.2 and eq. 3. With ``use_gating`` the prefix is multiplied by a gate, one for
+    each row: Mao et al. 2022, arXiv:2110.07577.
+
+    Site: AttentionSite. Parameters, shared by all layers: wte (p, d), control_trans; in each layer
+    the gate's weight (1 or 2, d) and bias.
+    Start: random, not the identity. Merges: no.
+    Differs from 1.x: acts in every attention implementation, with and without a mask or a cache.
+    """
+
+    container = "prefix_gates"
+    shared_container = "prefix_tuning.prefix_tunings"
+
+    def __init__(self, config: PrefixTuningConfig, site: AttentionSite, shared: nn.Module | None = None) -> None:
+        super().__init__()
+        assert isinstance(shared, nn.ModuleDict)
+        group = shared[site.location]
+        assert isinstance(group, PrefixGroup)
+        self._group = (group,)  # in a tuple, so that it is not registered in every layer
+        self.index = group.positions[site.index]
+        self.stack, self.dropout = site.stack, config.dropout
+        gates = 1 if config.shared_gating else 2
+        self.weight = nn.Parameter(torch.empty(gates, site.width)) if config.use_gating else None
+        self.bias = nn.Parameter(torch.zeros(gates)) if config.use_gating else None
+        with seeded(config.init_weights_seed):
+            if self.weight is not None:
+                nn.init.normal_(self.weight, std=0.02)
+
+    @classmethod
+    def wants(cls, config: PrefixTuningConfig, site: AttentionSite) -> bool:
+        """At every attention but those of an encoder or across, where the configuration says no."""
+        switched = {"encoder_prefix": config.encoder_prefix, "cross_prefix": config.cross_prefix}
+        return switched.get(site.location, True) and site.layer not in config.leave_out
+
+    @classmethod
+    def share(cls, config: PrefixTuningConfig, sites: Sequence[AttentionSite]) -> nn.ModuleDict:
+        """One group of prefixes for each kind of attention."""
+        kinds: dict[str, list[AttentionSite]] = {}
+        for site in sites:
+            kinds.setdefault(site.location, []).append(site)
+        return nn.ModuleDict({kind: PrefixGroup(config, members) for kind, members in kinds.items()})
+
+    def forward(self, signal: PrefixSignal) -> PrefixSignal:
+        """See the class."""
+        states = dropout(self._group[0].layer(self.index), self.dropout, self.training)
+        key, value = states[:, None].expand(-1, signal.key.shape[0], -1, -1, -1).to(signal.key.dtype)
+        if self.weight is not None:
+            gate = token_mean(torch.sigmoid(linear(signal.hidden, self.weight, self.bias)), self.stack, signal.rows)
+            self.report_gate(gate)
+            key, value = (part * gate[:, index, None, None, None] for part, index in ((key, 0), (value, -1)))
+        return signal.with_prefix(key, value)

@@ -1,0 +1,323 @@
+"""All sites of one model: adding and removing adapters is a loop over them, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from . import methods as methods  # fills the table of methods
+from .attention import AttentionSite
+from .composition import Block, Fuse, Setup
+from .configuration.base import AdapterConfig
+from .context import AdapterSetup, state
+from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
+from .interfaces import PREFIX_LOCATIONS
+from .method import AdapterModule, methods_of
+from .methods.fusion import AdapterFusionConfig, Fusion
+from .methods.prefix_tuning import Prefix
+from .sites import AdapterDict, LinearSite, Place, Site, SublayerSite, _child, _remove_child
+from .topology import Block as ModelBlock
+from .topology import Core, read_blocks
+from .trace import trace_sublayers
+
+T = TypeVar("T", bound=Site)
+
+
+class SiteMap:
+    """The sites of one base model, the adapters' shared modules, and the composition that is active."""
+
+    def __init__(self, base_model: nn.Module) -> None:
+        """Read the model's structure; its forward pass is traced only when a sub-layer is asked for."""
+        self.base_model: Any = base_model
+        self.blocks = read_blocks(base_model)
+        self.sites: list[Site] = []
+        self._traced = False
+        self._shared: dict[str, dict[str, nn.Module]] = {}
+        self.frozen = False
+        self._input_gradients: RemovableHandle | None = None
+        self.active: Block | None = None
+        self.skip_layers: frozenset[int] = frozenset()
+        self._plans: dict[tuple[Block | None, frozenset[int]], tuple[Setup, ...]] = {}
+        self.active_plans: tuple[Setup, ...] = ()
+        for site in self._read():
+            self._enter(site)
+        self.activate(None)
+
+    def _enter(self, site: Site) -> None:
+        site.index, site.owner = len(self.sites), self
+        self.sites.append(site)
+
+    def _read(self) -> Iterator[Site]:
+        own_name = PREFIX_LOCATIONS.get(getattr(self.base_model.config, "model_type", ""))
+        for block in self.blocks:
+            for core in block.cores:
+                yield from _linear_sites(block, core)
+                width = core.projections["q"].inputs
+                place = Place(block.layer, block.stack, block.path, core.path, core.role)
+                yield AttentionSite(place, core.module, core.key_heads, core.head_width, width, own_name)
+            for role, linear in block.feed_forward.items():
+                place = Place(block.layer, block.stack, block.path, linear.path, role)
+                yield LinearSite(place, linear.module, linear.inputs, linear.outputs)
+
+    def of(self, kind: type[T]) -> list[T]:
+        """The sites of one class."""
+        if kind is SublayerSite and not self._traced:
+            self._read_sublayers()
+        return [site for site in self.sites if isinstance(site, kind)]
+
+    def _read_sublayers(self) -> None:
+        found = trace_sublayers(self.base_model, self.blocks)
+        for block in self.blocks:
+            for role, sublayer in found.get(block.path, {}).items():
+                width = block.cores[0].projections["q"].inputs
+                place = Place(block.layer, block.stack, block.path, block.path, role)
+                self._enter(SublayerSite(place, block.module, sublayer, width))
+        self._traced = True
+        self._refresh()
+
+    def __contains__(self, name: object) -> bool:
+        """Whether an adapter of that name has modules here."""
+        return name in self._shared
+
+    def holding(self, name: str) -> list[tuple[Site, AdapterModule[Any]]]:
+        """The modules of an adapter, each with its site."""
+        return [(site, site.adapters[name]) for site in self.sites if name in site.adapters]
+
+    def shared(self, name: str) -> dict[str, nn.Module]:
+        """What the modules of an adapter share, by its path relative to the base model."""
+        return {f"{container}.{name}": module for container, module in self._shared.get(name, {}).items()}
+
+    def add(self, name: str, members: Iterable[AdapterConfig]) -> None:
+        """Build an adapter's modules at every site that its configurations want; nothing stays if one fails.
+
+        Raises:
+            AdapterError: the model has no site that fits, or two members of a union want the same one.
+        """
+        self._shared[name] = {}
+        try:
+            for config in members:
+                self._add_member(name, config)
+        except BaseException:
+            self.remove(name)
+            raise
+        self._refresh()
+
+    def _add_member(self, name: str, config: AdapterConfig) -> None:
+        found = False
+        for method in methods_of(config):
+            sites = [site for site in self.of(method.site_type) if method.wants(config, site)]
+            taken = [site for site in sites if name in site.adapters]
+            if taken:
+                raise AdapterError(
+                    f"add_adapter({name!r}): Multiple adapter definitions conflict: two members of the union want a module at "
+                    f"{taken[0].path}; give them different locations or leave_out."
+                )
+            shared = method.share(config, sites) if sites else None
+            if shared is not None:
+                self._put_shared(method.shared_container, name, shared)
+            for site in sites:
+                module = method(config, site, shared)
+                _like(site, module, keep_dtype=config.get("dtype") is not None)
+                site.put(name, module)
+            found = found or bool(sites)
+        if not found:
+            self._refuse(name, config)
+
+    def _refuse(self, name: str, config: AdapterConfig) -> None:
+        kinds = {method.site_type for method in methods_of(config)}
+        known = sorted({site.location for kind in kinds for site in self.of(kind)})
+        raise AdapterError(
+            f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(self.base_model).__name__}; this model has "
+            f"the locations {listing(known)} for the method. Switch one of them on in the configuration, or check leave_out."
+        )
+
+    def _put_shared(self, container: str, name: str, module: nn.Module) -> None:
+        module.to(**_factory(next(self.base_model.parameters()))).train(self.base_model.training)
+        parent = self.base_model
+        *above, last = container.split(".")
+        for part in above:
+            parent = _child(parent, part)
+        if last not in parent._modules:
+            parent.add_module(last, AdapterDict().train(self.base_model.training))
+        parent._modules[last][name] = module
+        self._shared[name][container] = module
+
+    def remove(self, name: str) -> None:
+        """Remove all modules of an adapter."""
+        for site, _ in self.holding(name):
+            site.drop(name)
+        for container in self._shared.pop(name, {}):
+            self._drop_shared(container, name)
+        self._refresh()
+
+    def _drop_shared(self, container: str, name: str) -> None:
+        parts = container.split(".")
+        modules = self.base_model.get_submodule(container)
+        del modules[name]
+        for depth in range(len(parts), 0, -1):
+            parent = self.base_model.get_submodule(".".join(parts[: depth - 1])) if depth > 1 else self.base_model
+            _remove_child(parent, parts[depth - 1])
+
+    def add_fusion(self, fuse: Fuse, config: AdapterFusionConfig) -> None:
+        """Build the fusion layers of `fuse` at every sub-layer where its adapters sit.
+
+        Raises:
+            CompositionError: its adapters sit at no common sub-layer.
+        """
+        leaves = fuse.flatten()
+        places = [site for site in self.of(SublayerSite) if leaves & set(site.adapters)]
+        incomplete = [site for site in places if not leaves <= set(site.adapters)]
+        if not places or incomplete:
+            where = (
+                f"at {incomplete[0].path} only {listing(leaves & set(incomplete[0].adapters))} is there"
+                if incomplete
+                else ("none of them is a bottleneck adapter")
+            )
+            raise CompositionError(
+                f"add_adapter_fusion({fuse.name!r}): the adapters do not sit at the same sub-layers, {where}; "
+                "fuse bottleneck adapters that have the same mh_adapter, output_adapter, cross_adapter and leave_out."
+            )
+        dropout = getattr(self.base_model.config, "attention_probs_dropout_prob", 0.0) or 0.0
+        for site in places:
+            fusion = Fusion(config, site.width, dropout)
+            _like(site, fusion, keep_dtype=False)
+            fusion.name, fusion.layer, fusion.location = fuse.name, site.layer, site.location
+            site.put_fusion(fuse.name, fusion)
+
+    def remove_fusion(self, name: str) -> None:
+        """Remove the layers of a fusion."""
+        for site in self.fusion_sites(name):
+            site.drop_fusion(name)
+
+    def fusion_sites(self, name: str) -> list[SublayerSite]:
+        """The sub-layers where a fusion sits."""
+        return [site for site in self.sites if isinstance(site, SublayerSite) and name in site.fusions]
+
+    def fusion_layers(self) -> Iterator[Fusion]:
+        """All fusion layers of the model."""
+        for site in self.sites:
+            if isinstance(site, SublayerSite):
+                for module in site.fusions.values():
+                    assert isinstance(module, Fusion)
+                    yield module
+
+    def activate(self, setup: Block | None, skip_layers: Iterable[int] | None = None) -> None:
+        """Make `setup` the composition that acts where no AdapterSetup says otherwise."""
+        skip = frozenset(skip_layers or ())
+        plans = self.plans(setup, skip)
+        self.active, self.skip_layers, self.active_plans = setup, skip, plans
+
+    def plans(self, setup: Block | None, skip_layers: frozenset[int]) -> tuple[Setup, ...]:
+        """For every site, by its index, the part of `setup` that acts there.
+
+        Raises:
+            CompositionError: a Fuse has no fusion layers or stands where none can.
+        """
+        key = (setup, skip_layers)
+        if key not in self._plans:
+            plans = tuple(None if site.layer in skip_layers else site.resolve(setup) for site in self.sites)
+            for site, plan in zip(self.sites, plans, strict=True):
+                _check_fusions(site, plan)
+            self._plans[key] = plans
+        return self._plans[key]
+
+    def _refresh(self) -> None:
+        self._plans = {}
+        self.activate(self.active, self.skip_layers)
+
+    def by_layer(self, name: str) -> dict[int, dict[str, nn.Module]]:
+        """The modules of an adapter by layer and location, as ``get_adapter`` gives them."""
+        found: dict[int, dict[str, list[nn.Module]]] = {}
+        groups = dict(self._shared.get(name, {}))
+        prefixes = groups.pop(Prefix.shared_container, None)
+        kinds: dict[str, nn.Module] = dict(prefixes.named_children()) if prefixes is not None else {}
+        for site, module in self.holding(name):
+            shown: nn.Module = module
+            if isinstance(module, Prefix):
+                first = {"prefix": kinds.pop(site.location)} if site.location in kinds else {}
+                gate = {"gate": module} if module.weight is not None else {}
+                shown = nn.ModuleDict({**first, **gate})
+            found.setdefault(site.layer, {}).setdefault(site.location, []).append(shown)
+        layers: dict[int, dict[str, nn.Module]] = (
+            {-1: {"shared": module for module in groups.values()}} if groups else {}
+        )
+        for layer, locations in sorted(found.items()):
+            layers[layer] = {
+                location: modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+                for location, modules in locations.items()
+            }
+        return layers
+
+    def require_input_gradients(self, required: bool) -> None:
+        """Let gradients through the first block's input, where the model's input is no token that transformers cares for.
+
+        Reentrant checkpointing gives gradients only to a block whose input asks for one.
+        """
+        if self._input_gradients is not None:
+            self._input_gradients.remove()
+            self._input_gradients = None
+        if required and self.blocks and self.base_model.main_input_name != "input_ids":
+            self._input_gradients = self.blocks[0].module.register_forward_pre_hook(_require_gradient)
+
+    def effective(self) -> tuple[Block | None, tuple[Setup, ...]]:
+        """The composition in force in this thread, an AdapterSetup before the active one, and its plans."""
+        context = AdapterSetup.get_context()
+        if context is None:
+            return self.active, self.active_plans
+        setup: Block | None = context.adapter_setup
+        missing = (setup.flatten() if setup else set()) - set(self._shared)
+        if missing:
+            raise UnknownAdapterError(
+                f"AdapterSetup({setup}): this model has no adapter named {listing(sorted(missing))}; it has {listing(self._shared)}. "
+                "Add it with add_adapter or load_adapter."
+            )
+        return setup, self.plans(setup, self.skip_layers)
+
+    def plan_outside_forward(self, site: Site) -> Setup:
+        """What acts at `site` when a part of the model is called by itself."""
+        return self.active_plans[site.index] if not state.setups else self.effective()[1][site.index]
+
+
+def _require_gradient(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if args and not args[0].requires_grad and torch.is_grad_enabled():
+        args[0].requires_grad_(True)
+
+
+def _check_fusions(site: Site, plan: Setup) -> None:
+    if not isinstance(plan, Block):
+        return
+    if isinstance(plan, Fuse):
+        if not isinstance(site, SublayerSite):
+            raise CompositionError(
+                f"{plan}: AdapterFusion works on bottleneck adapters, but at {site.path} there is another method; use Average there."
+            )
+        if plan.name not in site.fusions:
+            raise CompositionError(
+                f"{plan}: this model has no fusion named {plan.name!r}; it has {listing(site.fusions)}. "
+                f"Add it with add_adapter_fusion({plan.name.split(',')})."
+            )
+    for child in plan.children:
+        _check_fusions(site, child)
+
+
+def _linear_sites(block: ModelBlock, core: Core) -> Iterator[LinearSite]:
+    for role, linear in core.projections.items():
+        place = Place(block.layer, block.stack, block.path, linear.path, role, linear.part)
+        yield LinearSite(place, linear.module, linear.inputs, linear.outputs, linear.start)
+
+
+def _factory(reference: torch.Tensor) -> Mapping[str, Any]:
+    dtype = {"dtype": reference.dtype} if reference.dtype.is_floating_point else {}
+    return {"device": reference.device, **dtype}
+
+
+def _like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
+    """Give a new module the device, dtype and mode of its host."""
+    factory = dict(_factory(site.reference))
+    if keep_dtype:
+        factory.pop("dtype", None)
+    module.to(**factory).train(site.host.training)

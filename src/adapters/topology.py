@@ -1,0 +1,165 @@
+"""Reads where adapters can sit off the module tree of any transformers model: by structure first, names second.
+
+A *block* is a child of a ModuleList whose siblings are of its class and which holds an attention; an attention's *core*
+is the module whose direct children are the query, key and value projections, or one projection of all three.
+Where sub-layers begin and end is a matter of dataflow: see ``trace.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .interfaces import SWAPPED_FEED_FORWARD
+
+SEPARATE = {
+    "q": {"q_proj", "query", "q", "q_lin", "linear_q", "query_proj"},
+    "k": {"k_proj", "key", "k", "k_lin", "linear_k", "key_proj"},
+    "v": {"v_proj", "value", "v", "v_lin", "linear_v", "value_proj"},
+}
+FUSED_IN_THIRDS = {"c_attn"}
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map, or the slice [start, start + outputs) of the outputs of a fused one."""
+
+    path: str
+    module: nn.Module
+    inputs: int
+    outputs: int
+    start: int = 0
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Core:
+    """An attention's core. projections: by "q", "k", "v" and, where it was found, "o"."""
+
+    path: str
+    module: nn.Module
+    role: str
+    projections: dict[str, Linear]
+    head_width: int
+
+    @property
+    def key_heads(self) -> int:
+        """The number of key and value heads."""
+        return self.projections["k"].outputs // self.head_width
+
+
+@dataclass(frozen=True)
+class Block:
+    """A repeated layer of the model. feed_forward: its "intermediate" and "output" projections."""
+
+    path: str
+    module: nn.Module
+    layer: int
+    stack: str
+    cores: tuple[Core, ...]
+    feed_forward: dict[str, Linear]
+
+
+def read_blocks(base_model: nn.Module) -> list[Block]:
+    """The blocks of a model in module order, numbered as 1.x numbers layers."""
+    model_type = getattr(base_model.config, "model_type", "")
+    encoder_decoder = bool(getattr(base_model.config, "is_encoder_decoder", False))
+    blocks = []
+    for layer, (path, module) in enumerate(_repeated(base_model)):
+        linears = _linears(module, path)
+        cores = tuple(_cores(module, path, base_model.config, linears))
+        attention = {linear.path for core in cores for linear in core.projections.values()}
+        rest = [linear for linear in linears if linear.path not in attention]
+        stack = "" if not encoder_decoder else "decoder" if "decoder" in path.split(".") else "encoder"
+        feed_forward = _feed_forward(rest, cores, model_type in SWAPPED_FEED_FORWARD)
+        blocks.append(Block(path, module, layer, stack, cores, feed_forward))
+    return blocks
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear map, of whichever class; None for any other module."""
+    for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
+        if isinstance(getattr(module, inputs, None), int) and isinstance(getattr(module, outputs, None), int):
+            return getattr(module, inputs), getattr(module, outputs)
+    return None
+
+
+def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    fitting = {
+        path: module
+        for path, module in lists.items()
+        if len({type(child) for child in module}) == 1 and all(_has_core(child) for child in module)
+    }
+    for path, module in fitting.items():
+        if not any(other.startswith(f"{path}.") for other in fitting):
+            found += [(f"{path}.{name}", child) for name, child in module.named_children()]
+    return found
+
+
+def _has_core(module: nn.Module) -> bool:
+    return any(_core_parts(child) for child in module.modules())
+
+
+def _core_parts(module: nn.Module) -> dict[str, str]:
+    """The names of the children that project to q, k and v; one name for all three if they are fused."""
+    names = [name for name, child in module.named_children() if linear_shape(child)]
+    parts = {part: name for part, known in SEPARATE.items() for name in names if name in known}
+    if len(parts) == len(SEPARATE):
+        return parts
+    fused = [name for name in names if name in FUSED_IN_THIRDS]
+    return dict.fromkeys(SEPARATE, fused[0]) if fused else {}
+
+
+def _linears(block: nn.Module, path: str) -> list[Linear]:
+    shapes = ((name, child, linear_shape(child)) for name, child in block.named_modules())
+    return [Linear(f"{path}.{name}", child, *shape) for name, child, shape in shapes if shape]
+
+
+def _cores(block: nn.Module, path: str, config: object, linears: list[Linear]) -> Iterator[Core]:
+    by_path = {linear.path: linear for linear in linears}
+    order = list(by_path)
+    roles = iter(("self_attention", "cross_attention"))
+    for name, module in block.named_modules():
+        parts = _core_parts(module)
+        if not parts:
+            continue
+        core_path = f"{path}.{name}" if name else path
+        projections = {part: by_path[f"{core_path}.{child}"] for part, child in parts.items()}
+        if len(set(parts.values())) == 1:
+            projections = {part: _third(linear, part) for part, linear in projections.items()}
+        last = max(order.index(linear.path) for linear in projections.values())
+        width = projections["q"].inputs
+        after = [by_path[other] for other in order[last + 1 :]]
+        output = next((linear for linear in after if linear.outputs == width), None)
+        if output is not None:
+            projections["o"] = output
+        yield Core(
+            core_path, module, next(roles, "cross_attention"), projections, _head_width(module, config, projections)
+        )
+
+
+def _third(fused: Linear, part: str) -> Linear:
+    width = fused.outputs // 3
+    return Linear(fused.path, fused.module, fused.inputs, width, "qkv".index(part) * width, part)
+
+
+def _head_width(module: nn.Module, config: object, projections: dict[str, Linear]) -> int:
+    for name in HEAD_WIDTHS:
+        if isinstance(width := getattr(module, name, None), int):
+            return width
+    heads = getattr(config, "num_attention_heads", 1)
+    return projections["q"].outputs // int(heads)
+
+
+def _feed_forward(rest: list[Linear], cores: tuple[Core, ...], swapped: bool) -> dict[str, Linear]:
+    if len(rest) < 2 or not cores or rest[-1].outputs != cores[0].projections["q"].inputs:
+        return {}
+    names = ("output", "intermediate") if swapped else ("intermediate", "output")
+    return dict(zip(names, rest[-2:], strict=True))

@@ -1,0 +1,316 @@
+"""``adapters.init``: one subclass for each model class, made once, whose forward opens the context of a pass."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils.generic import ModelOutput
+
+from .configuration.model_adapters_config import ModelAdaptersConfig
+from .context import Forward, Record, generating, state
+from .errors import AdapterError, CompositionError
+from .model import ModelAdaptersMixin
+
+CONTEXT_ARGUMENTS = (
+    "output_adapter_gating_scores",
+    "output_adapter_fusion_attentions",
+    "adapter_input_parallelized",
+    "task_ids",
+)
+ROW_VECTORS = ("labels", "start_positions", "end_positions", "next_sentence_label", "task_ids")
+_CLASSES: dict[type, type] = {}
+
+
+def init(
+    model: PreTrainedModel, adapters_config: ModelAdaptersConfig | None = None, interface: Any = None
+) -> PreTrainedModel | None:
+    """Give a transformers model support for adapters, in place. Its outputs do not change.
+
+    Returns:
+        None; the model itself if it already had support.
+
+    Raises:
+        AdapterError: `model` is not a transformers model.
+
+    Example:
+        >>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+        >>> adapters.init(model)
+        >>> model.add_adapter("sst-2")
+    """
+    if isinstance(model, ModelAdaptersMixin):
+        return cast(PreTrainedModel, model)
+    if not isinstance(model, PreTrainedModel):
+        raise AdapterError(
+            f"adapters.init({type(model).__name__}): it is no transformers model; give a PreTrainedModel, such as "
+            "AutoModel.from_pretrained returns."
+        )
+    if interface is not None:
+        raise AdapterError(
+            "adapters.init(interface=…): this version reads where adapters sit off the model and takes no interface; "
+            "leave the argument out."
+        )
+    ModelAdaptersMixin.init_adapters(cast(ModelAdaptersMixin, model), adapters_config)
+    return None
+
+
+def init_adapters_config(
+    model: ModelAdaptersMixin, model_config: Any, adapters_config: ModelAdaptersConfig | None = None
+) -> None:
+    """Give a model, and its base model, a registry of adapters: the given one, the one in its config, or a new one."""
+    listed = vars(model_config).get("adapters")
+    configured = adapters_config or ModelAdaptersConfig(**(listed or {}))
+    model.adapters_config = configured
+    cast(Any, model.base_model).adapters_config = configured
+
+
+def load_model(
+    model_name_or_path: str, model_class: Any, interface: Any = None, *model_args: Any, **kwargs: Any
+) -> PreTrainedModel:
+    """``model_class.from_pretrained`` for a checkpoint that ``save_pretrained`` of a model with adapters wrote.
+
+    Example:
+        >>> model = adapters.load_model("folder", BertForSequenceClassification)
+    """
+    if interface is not None:
+        raise AdapterError("load_model(interface=…): this version takes no interface; leave the argument out.")
+    if issubclass(model_class, _BaseAutoModelClass):
+        config = kwargs.get("config") or AutoConfig.from_pretrained(model_name_or_path)
+        model_class = model_class._model_mapping[type(config)]  # type: ignore[attr-defined]
+
+    def build(self: Any, config: Any, *args: Any, **arguments: Any) -> None:
+        model_class.__init__(self, config, *args, **arguments)
+        ModelAdaptersMixin.init_adapters(self)
+
+    building = type(model_class.__name__, (model_class,), {"__init__": build, **_names(model_class)})
+    model: Any = building.from_pretrained(model_name_or_path, *model_args, **kwargs)
+    model.__class__ = adapted_class(model_class)
+    return cast(PreTrainedModel, model)
+
+
+def enable(model: Any) -> None:
+    """Swap a model's class for the one with adapters."""
+    if not isinstance(model, ModelAdaptersMixin):
+        model.__class__ = adapted_class(type(model))
+        if "_old_forward" in vars(model):  # accelerate keeps the forward that it wrapped
+            model._old_forward = type(model).forward.__get__(model)
+
+
+def adapted_class(cls: type) -> type:
+    """The class with adapters of a model class: of the same name and module, which transformers keys on."""
+    if cls not in _CLASSES:
+        namespace: dict[str, Any] = {**_names(cls), "forward": in_forward_context(cls.forward), "_plain_class": cls}  # type: ignore[attr-defined]
+        if issubclass(cls, GenerationMixin):
+            namespace |= {
+                "generate": _generate(cls),
+                "_prepare_encoder_decoder_kwargs_for_generation": _prepare_encoder,
+            }
+        _CLASSES[cls] = type(cls.__name__, (Swapped, cls), namespace)
+    return _CLASSES[cls]
+
+
+class Swapped(ModelAdaptersMixin):
+    """A model whose class was swapped: it is copied and pickled by way of its plain class."""
+
+    _plain_class: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Rebuild from the plain class and the state."""
+        return _rebuild, (self._plain_class,), self.__dict__
+
+
+def _rebuild(plain_class: type) -> Any:
+    cls = adapted_class(plain_class)
+    return cls.__new__(cls)
+
+
+def _names(cls: type) -> dict[str, Any]:
+    return {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+
+
+def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with the context of a pass around it, and four more keyword arguments.
+
+    output_adapter_gating_scores, output_adapter_fusion_attentions: report gates and fusion weights in the output;
+    adapter_input_parallelized: the batch has a copy for every channel of Parallel; task_ids: rows for MultiTask.
+    """
+    signature = inspect.signature(forward)
+    positional = [parameter.name for parameter in signature.parameters.values()][1:]
+
+    @functools.wraps(forward)
+    def forward_in_context(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = {name: kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in kwargs}
+        current, sites = state.forward, self.adapter_sites
+        if current is None or current.sites is not sites:
+            current = _open(self, own, {**dict(zip(positional, args, strict=False)), **kwargs})
+        if current.setup is not None and self.repeats_inputs and not current.repeated:
+            args, kwargs, current = _repeat_for_parallel(current, args, kwargs)
+        previous, state.forward = state.forward, current
+        try:
+            output = forward(self, *args, **kwargs)
+        finally:
+            state.forward = previous
+        return output if current.record is None or previous is not None else _with_record(output, current.record)
+
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in CONTEXT_ARGUMENTS
+        if name not in signature.parameters
+    ]
+    own, rest = [], []
+    for parameter in signature.parameters.values():
+        (rest if parameter.kind is parameter.VAR_KEYWORD else own).append(parameter)
+    forward_in_context.__signature__ = signature.replace(parameters=[*own, *extra, *rest])  # type: ignore[attr-defined]
+    return forward_in_context
+
+
+def _open(model: ModelAdaptersMixin, own: Mapping[str, Any], inputs: Mapping[str, Any]) -> Forward:
+    sites = model.adapter_sites
+    setup, plans = sites.effective()
+    gates, attentions = own.get("output_adapter_gating_scores"), own.get("output_adapter_fusion_attentions")
+    return Forward(
+        sites,
+        setup,
+        plans,
+        _masks(model, inputs),
+        _task_ids(own.get("task_ids"), setup),
+        bool(own.get("adapter_input_parallelized")) or state.generating is sites,
+        Record.of(bool(gates), bool(attentions)),
+    )
+
+
+def _masks(model: ModelAdaptersMixin, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    names = (
+        {"encoder": "attention_mask", "decoder": "decoder_attention_mask"}
+        if encoder_decoder
+        else {"": "attention_mask"}
+    )
+    masks = {stack: inputs.get(name) for stack, name in names.items()}
+    return {stack: mask for stack, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+
+
+def _task_ids(task_ids: Any, setup: Any) -> Tensor | None:
+    if task_ids is None or isinstance(task_ids, Tensor):
+        return task_ids
+    names = [child if isinstance(child, str) else None for block in _multitasks(setup) for child in block.children]
+    unknown = [task for task in task_ids if not isinstance(task, int) and task not in names]
+    if unknown:
+        raise CompositionError(
+            f"task_ids={list(task_ids)}: {unknown[0]!r} is no child of the setup {setup}; use one of {names}."
+        )
+    return torch.tensor([task if isinstance(task, int) else names.index(task) for task in task_ids])
+
+
+def _multitasks(setup: Any) -> Iterator[Any]:
+    if type(setup).__name__ == "MultiTask":
+        yield setup
+    for child in getattr(setup, "children", ()):
+        yield from _multitasks(child)
+
+
+def _repeat_for_parallel(
+    current: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Forward]:
+    """Everything with a row for each input once per channel of Parallel, channel after channel."""
+    assert current.setup is not None
+    channels = current.setup.parallel_channels
+    if channels == 1:
+        return args, kwargs, current
+    batch = _batch_size((*args, *kwargs.values()))
+    args = tuple(repeated(value, batch, channels) for value in args)
+    kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
+    masks = {stack: repeated(mask, batch, channels) for stack, mask in current.masks.items()}
+    task_ids = repeated(current.task_ids, batch, channels, "task_ids")
+    return args, kwargs, replace(current, masks=masks, task_ids=task_ids, repeated=True)
+
+
+def _batch_size(values: tuple[Any, ...]) -> int:
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return int(value.shape[0])
+    raise CompositionError(
+        "Parallel: the forward call has no tensor with a batch dimension; pass input_ids or another input."
+    )
+
+
+def repeated(value: Any, batch: int, channels: int, name: str = "") -> Any:
+    """`value` with its `batch` rows once per channel; what has no rows (cache positions, flags) stays as it is."""
+    if isinstance(value, Tensor):
+        rows = value.dim() > 1 or (value.dim() == 1 and name in ROW_VECTORS)
+        return value.repeat(channels, *[1] * (value.dim() - 1)) if rows and value.shape[0] == batch else value
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: repeated(entry, batch, channels) for key, entry in value.items()})
+    if isinstance(value, dict):
+        return {key: repeated(entry, batch, channels) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(repeated(entry, batch, channels) for entry in value)
+    return value
+
+
+def _with_record(output: Any, record: Record) -> Any:
+    reports = {
+        "adapter_gating_scores": _plain(record.gating_scores),
+        "adapter_fusion_attentions": _plain(record.fusion_attentions),
+    }
+    reports = {name: report for name, report in reports.items() if report is not None}
+    if isinstance(output, ModelOutput):
+        for name, report in reports.items():
+            output[name] = report
+        return output
+    return (*output, *reports.values())
+
+
+def _plain(records: Any) -> Any:
+    """The record as plain dicts of arrays; several values of one place stand in columns."""
+    if records is None:
+        return None
+    return {
+        name: {
+            layer: {
+                location: torch.cat(values, -1).squeeze(-1).float().cpu().numpy() for location, values in places.items()
+            }
+            for layer, places in layers.items()
+        }
+        for name, layers in records.items()
+    }
+
+
+def _generate(cls: Any) -> Callable[..., Any]:
+    @functools.wraps(cls.generate)
+    def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        setup = self.effective_setup()
+        channels = 1 if setup is None else setup.parallel_channels
+        if channels > 1:
+            batch = _batch_size((inputs, *kwargs.values()))
+            inputs = repeated(inputs, batch, channels)
+            kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
+        with generating(self.adapter_sites):
+            return cls.generate(self, inputs, *args, **kwargs)
+
+    return generate
+
+
+def _prepare_encoder(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    own = {name: model_kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in model_kwargs}
+    parent = super(type(self), self)
+    with _pass(_open(self, own, model_kwargs)):
+        prepared = parent._prepare_encoder_decoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
+    return {**prepared, **own}
+
+
+@contextmanager
+def _pass(forward: Forward) -> Iterator[None]:
+    previous, state.forward = state.forward, forward
+    try:
+        yield
+    finally:
+        state.forward = previous
