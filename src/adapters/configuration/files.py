@@ -1,6 +1,7 @@
 """Configurations in JSON files."""
 
 import json
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def read_config_file(path: str) -> dict[str, Any] | None:
     Raises:
         ConfigError: the file does not hold a JSON object.
     """
-    if not Path(path).is_file():
+    if not isfile(path):  # which Path.is_file is not for: it raises for a long config string
         return None
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

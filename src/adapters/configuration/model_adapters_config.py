@@ -20,7 +20,7 @@ class ModelAdaptersConfig(Collection[str]):
 
     ``adapters`` maps each name to the key of its configuration, ``config_map`` each key to the configuration. A key is
     the configuration's hash or an identifier such as ``"seq_bn"``. ``fusions`` and ``fusion_config_map`` do so for
-    fusions, and ``fusion_name_map`` gives the adapters of a fusion that was named. ``active_setup`` (the composition
+    fusions, and ``fusion_name_map`` gives the adapters of a fusion whose name does not. ``active_setup`` (the composition
     that runs) and ``skip_layers`` are of this process and not saved.
 
     Raises:
@@ -179,7 +179,7 @@ class ModelAdaptersConfig(Collection[str]):
             self.fusions[name] = config
         else:
             self.fusions[name] = _store(AdapterFusionConfig.load(config), self.fusion_config_map)
-        if fusion_name is not None:
+        if name.split(",") != adapters:
             self.fusion_name_map[name] = adapters
 
     def remove_fusion(self, fusion_name: str | Sequence[str]) -> None:
@@ -215,8 +215,8 @@ class ModelAdaptersConfig(Collection[str]):
         return values[0]
 
     def _value(self, name: str, attribute: str) -> Any:
-        values = [member.get(attribute) for member in self.members(name)]
-        return next(filter(None, values), values[0])
+        values = [member[attribute] for member in self.members(name) if attribute in member]
+        return next(filter(None, values), values[0] if values else None)
 
     def to_dict(self) -> dict[str, Any]:
         """The five maps as plain Python values; ``ModelAdaptersConfig(**record.to_dict())`` is an equal record."""

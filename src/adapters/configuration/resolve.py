@@ -27,7 +27,10 @@ def load_config(config: Mapping[str, Any] | str | None, changes: Mapping[str, An
     if not config:
         return None
     changes = {name: value for name, value in changes.items() if value is not None}
-    return build_config(resolve_adapter_config(config)).replace(**changes)
+    values = resolve_adapter_config(config)
+    if isinstance(values, AdapterConfig) or values.get("architecture") == ConfigUnion.architecture:
+        return build_config(values).replace(**changes)
+    return build_config({**values, **changes})
 
 
 def resolve_adapter_config(
@@ -46,7 +49,7 @@ def resolve_adapter_config(
         return config
     if not isinstance(config, str):
         raise ConfigError(
-            f"AdapterConfig.load({config!r}): it is a {type(config).__name__}; "
+            f"AdapterConfig.load({config!r}): it is of type {type(config).__name__}; "
             "give an identifier, a config string, a dictionary, the path of a JSON file or a configuration."
         )
     known = ADAPTER_CONFIG_MAP if local_map is None else local_map
@@ -125,11 +128,13 @@ def _parse_part(part: str, whole: str) -> AdapterConfig:
 def _parse_fields(fields: str, whole: str) -> dict[str, Any]:
     try:
         call = ast.parse(f"dict({fields})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise SyntaxError("positional value")
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        keywords = call.keywords if isinstance(call, ast.Call) and not call.args else []
+        values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in keywords if keyword.arg is not None}
+        if len(values) != len(keywords) or (fields.strip() and not keywords):
+            raise ValueError("a value without a field, or a field twice")
     except (SyntaxError, ValueError) as error:
         raise ConfigError(
             f"AdapterConfig.load({whole!r}): Invalid adapter configuration {fields!r}; "
             "it must be field=value, ... with Python literals as values (strings in quotes)."
         ) from error
+    return values

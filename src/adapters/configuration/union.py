@@ -82,11 +82,15 @@ class ConfigUnion(AdapterConfig):
         Raises:
             ConfigError: a member is not a valid configuration, or the members do not fit together.
         """
-        from .resolve import build_config  # which builds unions
+        from .resolve import build_config, resolve_adapter_config  # which build unions
 
         if isinstance(config, AdapterConfig):
             return cast(Self, config)
-        return cls(*map(build_config, config["configs"]))
+        cls.check_known({name: value for name, value in config.items() if name != "architecture"})
+        members = config.get("configs")
+        if not isinstance(members, list | tuple):
+            raise ConfigError(f"{cls.__name__}: the field 'configs' is {members!r}; it must be a list of members.")
+        return cls(*(build_config(resolve_adapter_config(member)) for member in members))
 
 
 def _fields_of(config: AdapterConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def _check_members(configs: tuple[Any, ...]) -> None:
     for config in configs:
         if not isinstance(config, AdapterConfig) or isinstance(config, ConfigUnion):
             raise ConfigError(
-                f"ConfigUnion: a member is a {type(config).__name__}; it must be the configuration of one method."
+                f"ConfigUnion: a member is of type {type(config).__name__}; it must be the configuration of one method."
             )
     for first, second in combinations(configs, 2):
         if first.architecture == second.architecture and not _may_share(first, second):
