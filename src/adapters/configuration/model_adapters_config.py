@@ -20,8 +20,8 @@ class ModelAdaptersConfig(Collection[str]):
 
     ``adapters`` maps each name to the key of its configuration, ``config_map`` each key to the configuration. A key is
     the configuration's hash or an identifier such as ``"seq_bn"``. ``fusions`` and ``fusion_config_map`` do so for
-    fusions, and ``fusion_name_map`` gives the adapters of a fusion whose name does not. ``active_setup`` (the composition
-    that runs) and ``skip_layers`` are of this process and not saved.
+    fusions, and ``fusion_name_map`` gives the adapters of a fusion whose name does not. ``active_setup`` (the
+    composition that runs) and ``skip_layers`` are of this process and not saved.
 
     Raises:
         ConfigError: an entry has a configuration that is missing or not valid.
