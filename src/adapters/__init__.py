@@ -19,11 +19,11 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "configuration": (
         "ADAPTERFUSION_CONFIG_MAP", "ADAPTER_CONFIG_MAP", "AdapterConfig", "AdapterFusionConfig", "AdapterPlusConfig",
         "BnConfig", "CompacterConfig", "CompacterPlusPlusConfig", "ConfigUnion", "DEFAULT_ADAPTERFUSION_CONFIG",
-        "DEFAULT_ADAPTER_CONFIG", "DiReftConfig", "DoRAConfig", "DoubleSeqBnConfig", "DoubleSeqBnInvConfig", "DvoRAConfig",
-        "DynamicAdapterFusionConfig", "IA3Config", "LoRAConfig", "LoReftConfig", "MAMConfig", "MTLLoRAConfig",
-        "ModelAdaptersConfig", "MultiTaskConfig", "NoReftConfig", "ParBnConfig", "PrefixTuningConfig",
-        "PromptTuningConfig", "ReftConfig", "SeqBnConfig", "SeqBnInvConfig", "StaticAdapterFusionConfig", "UniPELTConfig",
-        "VeraConfig", "get_adapter_config_hash",
+        "DEFAULT_ADAPTER_CONFIG", "DiReftConfig", "DoRAConfig", "DoubleSeqBnConfig", "DoubleSeqBnInvConfig",
+        "DvoRAConfig", "DynamicAdapterFusionConfig", "IA3Config", "LoRAConfig", "LoReftConfig", "MAMConfig",
+        "MTLLoRAConfig", "ModelAdaptersConfig", "MultiTaskConfig", "NoReftConfig", "ParBnConfig", "PrefixTuningConfig",
+        "PromptTuningConfig", "ReftConfig", "SeqBnConfig", "SeqBnInvConfig", "StaticAdapterFusionConfig",
+        "UniPELTConfig", "VeraConfig", "get_adapter_config_hash",
     ),
     "heads": (
         "BertStyleMaskedLMHead", "CausalLMHead", "ClassificationHead", "ModelWithFlexibleHeadsAdaptersMixin",
@@ -36,7 +36,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

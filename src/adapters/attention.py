@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .composition import Setup, evaluate
 from .errors import AdapterError
 from .signals import PrefixSignal
-from .sites import Place, Site, _child, _Kept, _remove_child
+from .sites import Kept, Place, Site, child, remove_child
 
 IMPLEMENTATION = "adapters"
 
@@ -52,7 +52,7 @@ class AttentionSite(Site):
     """Between an attention's projections and its attention function."""
 
     kind = "attention"
-    locations = {"self_attention": "self_prefix", "cross_attention": "cross_prefix"}
+    locations: ClassVar[dict[str, str]] = {"self_attention": "self_prefix", "cross_attention": "cross_prefix"}
 
     def __init__(
         self, place: Place, core: nn.Module, heads: int, head_width: int, width: int, own_name: str | None = None
@@ -60,11 +60,11 @@ class AttentionSite(Site):
         """heads: of keys and values; width: d of the hidden states given to the attention; own_name: see location."""
         super().__init__(place, core)
         self.heads, self.head_width, self.width, self.own_name = heads, head_width, width, own_name
-        self._kept = _Kept()
+        self._kept = Kept()
 
     @property
     def location(self) -> str:
-        """As 1.x names prefixes: encoders of encoder-decoder models, and some architectures, have a name of their own."""
+        """As 1.x names prefixes: encoders of encoder-decoder models and some architectures have their own names."""
         if self.own_name is not None:
             return self.own_name
         if self.stack == "encoder" and self.role == "self_attention":
@@ -78,19 +78,19 @@ class AttentionSite(Site):
 
     def mount(self) -> nn.Module:
         """A container in the attention module."""
-        return _child(self.host, "prefix_tuning")
+        return child(self.host, "prefix_tuning")
 
     def unmount(self) -> None:
         """Remove the container."""
-        _remove_child(self.host, "prefix_tuning")
+        remove_child(self.host, "prefix_tuning")
 
     def attach(self) -> list[RemovableHandle]:
         """Give the attention module its view of the config, and note the hidden states it is called with."""
         host: Any = self.host
         if not hasattr(host, "config"):
             raise AdapterError(
-                f"add_adapter: the attention at {self.host_path} does not use transformers' attention functions, so prefixes "
-                "have no way in; use LoRA or a bottleneck adapter for this model."
+                f"add_adapter: the attention at {self.host_path} does not use transformers' attention functions, so "
+                "prefixes have no way in; use LoRA or a bottleneck adapter for this model."
             )
         host.config = ConfigView(host.config, self)
         return [host.register_forward_pre_hook(self.on_input, prepend=True, with_kwargs=True)]
@@ -121,8 +121,8 @@ def adapted_attention(
 ) -> Any:
     """Attention over [prefix; keys] by the implementation that the model's config names.
 
-    query: (b, heads, q, w); key, value: (b, key heads, k, w); attention_mask: None, additive or boolean (b, 1, q, k), or
-    a BlockMask of flex attention. Every query sees the prefix; positions of real keys do not change.
+    query: (b, heads, q, w); key, value: (b, key heads, k, w); attention_mask: None, additive or boolean (b, 1, q, k),
+    or a BlockMask of flex attention. Every query sees the prefix; positions of real keys do not change.
     """
     view: Any = module.config
     attend = _implementation(module, view.config._attn_implementation)

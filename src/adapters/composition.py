@@ -101,10 +101,11 @@ class Block(Sequence["Setup"]):
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``adapter_setup.json``."""
-        single: Any = lambda child: (
+        children = [
             child.to_dict() if isinstance(child, Block) else {"type": "single", "children": [child]}
-        )
-        data: dict[str, Any] = {"type": type(self).__name__, "children": [single(child) for child in self.children]}
+            for child in self.children
+        ]
+        data: dict[str, Any] = {"type": type(self).__name__, "children": children}
         kwargs = {name: getattr(self, name) for name in self.parameters}
         return data | {"kwargs": kwargs} if kwargs else data
 
@@ -237,7 +238,7 @@ def _sizes(block: Block, name: str, sizes: int | list[int]) -> list[int]:
     kind = type(block).__name__
     if len(values) != len(block.children):
         raise CompositionError(
-            f"{kind}({name}={values}): {len(values)} sizes for {len(block.children)} children; give one size for each child."
+            f"{kind}({name}={values}): {len(values)} sizes for {len(block.children)} children; each needs one."
         )
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise CompositionError(f"{kind}({name}={values}): sizes are whole numbers of at least 0.")
@@ -252,16 +253,17 @@ def validate_composition(adapter_composition: Setup, level: int = 0, model_type:
     """
     if level > 1 and not (adapter_composition is None or isinstance(adapter_composition, (str, Stack))):
         raise CompositionError(
-            f"{adapter_composition}: the setup is too deep, {type(adapter_composition).__name__} stands at level {level}; "
-            "below the second level only names and Stack are allowed."
+            f"{adapter_composition}: the setup is too deep, {type(adapter_composition).__name__} stands at level "
+            f"{level}; below the second level only names and Stack are allowed."
         )
     if isinstance(adapter_composition, Block):
         allowed = ALLOWED_NESTINGS[type(adapter_composition)]
         for child in adapter_composition.children:
             if child is not None and type(child) not in allowed:
                 raise CompositionError(
-                    f"{adapter_composition}: cannot nest {type(child).__name__} in {type(adapter_composition).__name__}; "
-                    f"allowed there are {listing(kind.__name__ for kind in allowed)}."
+                    f"{adapter_composition}: cannot nest {type(child).__name__} in "
+                    f"{type(adapter_composition).__name__}; allowed there are "
+                    f"{listing(kind.__name__ for kind in allowed)}."
                 )
             validate_composition(child, level + 1, model_type)
 
@@ -294,7 +296,8 @@ def parse_composition(adapter_composition: Any, level: int | None = 0, model_typ
         block = Fuse if level == 1 else Stack
         return block(*(parse_composition(child, deeper, model_type) for child in adapter_composition))
     raise TypeError(
-        f"{adapter_composition!r}: a setup is an adapter name, a composition block or a list, not {type(adapter_composition).__name__}."
+        f"{adapter_composition!r}: a setup is an adapter name, a composition block or a list, not "
+        f"{type(adapter_composition).__name__}."
     )
 
 
@@ -313,8 +316,9 @@ def parse_heads_from_composition(adapter_composition: Setup, reference_heads: An
         names = [child.last() if isinstance(child, Block) else child for child in final.children]
         if reference_heads is not None and not all(name in reference_heads for name in names):
             raise CompositionError(
-                f"{final}: missing at least one head for the given BatchSplit setup; it needs heads named {listing(map(str, names))}, "
-                f"the model has {listing(reference_heads)}. Add them with add_classification_head or another add_*_head."
+                f"{final}: missing at least one head for the given BatchSplit setup; it needs heads named "
+                f"{listing(map(str, names))}, the model has {listing(reference_heads)}. Add them with "
+                "add_classification_head or another add_*_head."
             )
         return BatchSplit(*names, batch_sizes=final.batch_sizes)
     return None
@@ -366,7 +370,8 @@ def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
     length = signal.positions()
     if sum(tree.splits) != length:
         raise CompositionError(
-            f"Split(splits={tree.splits}): sizes sum to {sum(tree.splits)}, the sequence has {length} positions; they must be equal."
+            f"Split(splits={tree.splits}): sizes sum to {sum(tree.splits)}, the sequence has {length} positions; they "
+            "must be equal."
         )
     parts, start = [], 0
     for child, size in zip(tree.children, tree.splits, strict=True):

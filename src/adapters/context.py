@@ -46,8 +46,9 @@ class Forward:
     """One forward pass of one model.
 
     sites: the model's sites; setup: the effective composition; plans: the part of it that acts at each site, by the
-    site's index; masks: by stack ("", "encoder", "decoder") the attention mask (b, s) that the model was given; task_ids: (b,);
-    repeated: the batch already has a copy for every channel of Parallel; record: what to report.
+    site's index; masks: by stack ("", "encoder", "decoder") the attention mask (b, s) that the model was given;
+    task_ids: (b,) for MultiTask; repeated: the batch already has a copy for every channel of Parallel; record: what to
+    report.
     """
 
     sites: SiteMap

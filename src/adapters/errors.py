@@ -3,8 +3,8 @@
 A message reads ``<what was asked>: <what is wrong, with the value>; <what would be right>. <how to get there>.``
 """
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class AdapterError(ValueError):

@@ -24,14 +24,15 @@ from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel as Base
+    # transformers' own add_adapter, load_adapter and so on have other signatures; ours take their place.
+    Base: Any = object
 else:
     Base = object
 
 logger = logging.getLogger(__name__)
 
 
-class ModelAdaptersMixin(Base):
+class ModelAdaptersMixin(Base):  # type: ignore[misc]
     """A transformers model with adapters; ``adapters.init`` makes one of any model.
 
     Attributes:
@@ -48,7 +49,7 @@ class ModelAdaptersMixin(Base):
         from .wrap import enable
 
         base: Any = self.base_model
-        listed = vars(self.config).pop("adapters", None)
+        listed = self.config.__dict__.pop("adapters", None)
         configured = adapters_config or ModelAdaptersConfig(**(listed or {}))
         sites = SiteMap(base)
         for model in {id(base): base, id(self): self}.values():
@@ -58,7 +59,8 @@ class ModelAdaptersMixin(Base):
             sites.add(name, configured.members(name))
         for name in configured.fusions:
             config, adapter_names = configured.get_fusion(name)
-            sites.add_fusion(Fuse(*adapter_names, name=name), config)
+            if config is not None and adapter_names is not None:
+                sites.add_fusion(Fuse(*adapter_names, name=name), config)
 
     # --- adding and deleting ---------------------------------------------------------------------------------------
 
@@ -143,8 +145,8 @@ class ModelAdaptersMixin(Base):
         if fuse.name in self.adapters_config.fusions:
             if not overwrite_ok:
                 raise AdapterError(
-                    f"add_adapter_fusion({fuse.name!r}): An AdapterFusion with the name {fuse.name!r} has already been added; "
-                    "pass overwrite_ok=True to replace it, or choose another name."
+                    f"add_adapter_fusion({fuse.name!r}): An AdapterFusion with the name {fuse.name!r} has already been "
+                    "added; pass overwrite_ok=True to replace it, or choose another name."
                 )
             self.delete_adapter_fusion(fuse)
         self.adapters_config.add_fusion(list(fuse.leaves()), loaded, fuse.name)
@@ -302,8 +304,8 @@ class ModelAdaptersMixin(Base):
     def get_adapter(self, name: str) -> dict[int, dict[str, nn.Module]]:
         """The modules of an adapter: layer -> location -> module; -1 holds what belongs to no layer.
 
-        Several modules of one location are a ModuleList; a prefix is a ModuleDict of `prefix` (in the first layer of its
-        kind) and `gate`. An unknown name gives an empty dict.
+        Several modules of one location are a ModuleList; a prefix is a ModuleDict of `prefix` (in the first layer of
+        its kind) and `gate`. An unknown name gives an empty dict.
         """
         return self.adapter_sites.by_layer(name)
 
@@ -401,7 +403,8 @@ def _fuse(adapter_names: Any, name: str | None) -> Fuse:
     if isinstance(adapter_names, (list, tuple)):
         return Fuse(*adapter_names, name=name)
     raise AdapterError(
-        f"Invalid AdapterFusion definition: {adapter_names!r}; give a Fuse, a list of names, or the names joined by commas."
+        f"Invalid AdapterFusion definition: {adapter_names!r}; give a Fuse, a list of names, or the names joined "
+        "by commas."
     )
 
 

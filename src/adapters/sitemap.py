@@ -19,7 +19,7 @@ from .interfaces import PREFIX_LOCATIONS
 from .method import AdapterModule, methods_of
 from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
-from .sites import AdapterDict, LinearSite, Place, Site, SublayerSite, _child, _remove_child
+from .sites import LinearSite, Place, Site, SublayerSite, child, child_dict, remove_child
 from .topology import Block as ModelBlock
 from .topology import Core, read_blocks
 from .trace import trace_sublayers
@@ -113,8 +113,8 @@ class SiteMap:
             taken = [site for site in sites if name in site.adapters]
             if taken:
                 raise AdapterError(
-                    f"add_adapter({name!r}): Multiple adapter definitions conflict: two members of the union want a module at "
-                    f"{taken[0].path}; give them different locations or leave_out."
+                    f"add_adapter({name!r}): Multiple adapter definitions conflict: two members of the union want a "
+                    f"module at {taken[0].path}; give them different locations or leave_out."
                 )
             shared = method.share(config, sites) if sites else None
             if shared is not None:
@@ -131,8 +131,9 @@ class SiteMap:
         kinds = {method.site_type for method in methods_of(config)}
         known = sorted({site.location for kind in kinds for site in self.of(kind)})
         raise AdapterError(
-            f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(self.base_model).__name__}; this model has "
-            f"the locations {listing(known)} for the method. Switch one of them on in the configuration, or check leave_out."
+            f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(self.base_model).__name__}; "
+            f"this model has the locations {listing(known)} for the method. Switch one of them on in the "
+            "configuration, or check leave_out."
         )
 
     def _put_shared(self, container: str, name: str, module: nn.Module) -> None:
@@ -140,10 +141,8 @@ class SiteMap:
         parent = self.base_model
         *above, last = container.split(".")
         for part in above:
-            parent = _child(parent, part)
-        if last not in parent._modules:
-            parent.add_module(last, AdapterDict().train(self.base_model.training))
-        parent._modules[last][name] = module
+            parent = child(parent, part)
+        child_dict(parent, last)[name] = module
         self._shared[name][container] = module
 
     def remove(self, name: str) -> None:
@@ -160,7 +159,7 @@ class SiteMap:
         del modules[name]
         for depth in range(len(parts), 0, -1):
             parent = self.base_model.get_submodule(".".join(parts[: depth - 1])) if depth > 1 else self.base_model
-            _remove_child(parent, parts[depth - 1])
+            remove_child(parent, parts[depth - 1])
 
     def add_fusion(self, fuse: Fuse, config: AdapterFusionConfig) -> None:
         """Build the fusion layers of `fuse` at every sub-layer where its adapters sit.
@@ -201,9 +200,7 @@ class SiteMap:
         """All fusion layers of the model."""
         for site in self.sites:
             if isinstance(site, SublayerSite):
-                for module in site.fusions.values():
-                    assert isinstance(module, Fusion)
-                    yield module
+                yield from (module for module in site.fusions.values() if isinstance(module, Fusion))
 
     def activate(self, setup: Block | None, skip_layers: Iterable[int] | None = None) -> None:
         """Make `setup` the composition that acts where no AdapterSetup says otherwise."""
@@ -242,9 +239,9 @@ class SiteMap:
                 gate = {"gate": module} if module.weight is not None else {}
                 shown = nn.ModuleDict({**first, **gate})
             found.setdefault(site.layer, {}).setdefault(site.location, []).append(shown)
-        layers: dict[int, dict[str, nn.Module]] = (
-            {-1: {"shared": module for module in groups.values()}} if groups else {}
-        )
+        layers: dict[int, dict[str, nn.Module]] = {}
+        if groups:
+            layers[-1] = {"shared": next(iter(groups.values()))}
         for layer, locations in sorted(found.items()):
             layers[layer] = {
                 location: modules[0] if len(modules) == 1 else nn.ModuleList(modules)
@@ -253,7 +250,7 @@ class SiteMap:
         return layers
 
     def require_input_gradients(self, required: bool) -> None:
-        """Let gradients through the first block's input, where the model's input is no token that transformers cares for.
+        """Let gradients through the first block's input, where transformers does not see to it: for inputs but tokens.
 
         Reentrant checkpointing gives gradients only to a block whose input asks for one.
         """
@@ -272,8 +269,8 @@ class SiteMap:
         missing = (setup.flatten() if setup else set()) - set(self._shared)
         if missing:
             raise UnknownAdapterError(
-                f"AdapterSetup({setup}): this model has no adapter named {listing(sorted(missing))}; it has {listing(self._shared)}. "
-                "Add it with add_adapter or load_adapter."
+                f"AdapterSetup({setup}): this model has no adapter named {listing(sorted(missing))}; "
+                f"it has {listing(self._shared)}. Add it with add_adapter or load_adapter."
             )
         return setup, self.plans(setup, self.skip_layers)
 
@@ -293,15 +290,16 @@ def _check_fusions(site: Site, plan: Setup) -> None:
     if isinstance(plan, Fuse):
         if not isinstance(site, SublayerSite):
             raise CompositionError(
-                f"{plan}: AdapterFusion works on bottleneck adapters, but at {site.path} there is another method; use Average there."
+                f"{plan}: AdapterFusion works on bottleneck adapters, but at {site.path} there is another method; "
+                "use Average there."
             )
         if plan.name not in site.fusions:
             raise CompositionError(
                 f"{plan}: this model has no fusion named {plan.name!r}; it has {listing(site.fusions)}. "
                 f"Add it with add_adapter_fusion({plan.name.split(',')})."
             )
-    for child in plan.children:
-        _check_fusions(site, child)
+    for part in plan.children:
+        _check_fusions(site, part)
 
 
 def _linear_sites(block: ModelBlock, core: Core) -> Iterator[LinearSite]:

@@ -8,7 +8,6 @@ a site has adapters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -123,20 +122,12 @@ class Site:
         self._unhook()
 
     def _register(self, container: str, name: str, module: nn.Module) -> None:
-        mount = self.mount()
-        if container not in mount._modules:
-            mount.add_module(container, AdapterDict().train(self.host.training))
-        modules = mount._modules[container]
-        assert isinstance(modules, AdapterDict)
-        modules[name] = module
+        child_dict(self.mount(), container)[name] = module
 
     def _unregister(self, container: str, name: str) -> None:
         mount = self.mount()
-        modules = mount._modules[container]
-        assert isinstance(modules, AdapterDict)
-        del modules[name]
-        if not modules:
-            del mount._modules[container]
+        del child_dict(mount, container)[name]
+        remove_child(mount, container)
 
     def _hook(self) -> None:
         if not self._handles:
@@ -208,7 +199,7 @@ class LinearSite(Site):
     """A linear map W (out, in), or a slice of the outputs of a fused one."""
 
     kind = "linear"
-    locations = {role: "selfattn_lora" for role in "qkvo"} | {
+    locations: ClassVar[dict[str, str]] = dict.fromkeys("qkvo", "selfattn_lora") | {
         "intermediate": "intermediate_lora",
         "output": "output_lora",
     }
@@ -225,12 +216,12 @@ class LinearSite(Site):
 
     def mount(self) -> nn.Module:
         """The host itself, or a container in it for a slice."""
-        return _child(self.host, self.part) if self.part else self.host
+        return child(self.host, self.part) if self.part else self.host
 
     def unmount(self) -> None:
         """Remove the container of a slice."""
         if self.part:
-            _remove_child(self.host, self.part)
+            remove_child(self.host, self.part)
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the output of the map."""
@@ -248,14 +239,14 @@ class LinearSite(Site):
         return torch.slice_scatter(output, part, -1, self.start, stop)
 
 
-class _Kept(threading.local):
+class Kept(threading.local):
     """What one hook of a sub-layer keeps for the next, per thread; copies and pickles start empty."""
 
     residual: Tensor | None = None
     final: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
-        return _Kept, ()
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
 
 
 @dataclass(frozen=True)
@@ -277,8 +268,12 @@ class SublayerSite(Site):
     """The output h of a sub-layer, before the model adds it to the residual stream r."""
 
     kind = "sublayer"
-    locations = {"self_attention": "mh_adapter", "cross_attention": "cross_adapter", "feed_forward": "output_adapter"}
-    names = {
+    locations: ClassVar[dict[str, str]] = {
+        "self_attention": "mh_adapter",
+        "cross_attention": "cross_adapter",
+        "feed_forward": "output_adapter",
+    }
+    names: ClassVar[dict[str, str]] = {
         "self_attention": "attention_adapters",
         "cross_attention": "cross_attention_adapters",
         "feed_forward": "output_adapters",
@@ -289,7 +284,7 @@ class SublayerSite(Site):
         super().__init__(place, block)
         self.sublayer, self.width = sublayer, width
         self.fusions: dict[str, nn.Module] = {}
-        self._kept = _Kept()
+        self._kept = Kept()
 
     @property
     def path(self) -> str:
@@ -298,11 +293,11 @@ class SublayerSite(Site):
 
     def mount(self) -> nn.Module:
         """A container in the block."""
-        return _child(self.host, self.names[self.role])
+        return child(self.host, self.names[self.role])
 
     def unmount(self) -> None:
         """Remove the container."""
-        _remove_child(self.host, self.names[self.role])
+        remove_child(self.host, self.names[self.role])
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the sub-layer's entry, exit and norm."""
@@ -376,20 +371,24 @@ class SublayerSite(Site):
         return fused
 
 
-def _child(module: nn.Module, name: str) -> nn.Module:
+def child(module: nn.Module, name: str) -> nn.Module:
+    """The child module of that name, an empty one if there is none yet."""
     if name not in module._modules:
         module.add_module(name, nn.Module().train(module.training))
-    child = module._modules[name]
-    assert child is not None
-    return child
+    return module.get_submodule(name)
 
 
-def _remove_child(module: nn.Module, name: str) -> None:
-    child = module._modules.get(name)
-    if child is not None and not child._modules:
+def child_dict(module: nn.Module, name: str) -> AdapterDict:
+    """The dict of adapters below `module`, an empty one if there is none yet."""
+    found = module._modules.get(name)
+    if not isinstance(found, AdapterDict):
+        found = AdapterDict().train(module.training)
+        module.add_module(name, found)
+    return found
+
+
+def remove_child(module: nn.Module, name: str) -> None:
+    """Remove the child of that name if nothing is below it."""
+    found = module._modules.get(name)
+    if found is not None and not found._modules:
         del module._modules[name]
-
-
-def paths(sites: Sequence[Site]) -> str:
-    """The host paths of `sites`, for a message."""
-    return listing(site.host_path for site in sites)

@@ -36,12 +36,13 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _row(model: ModelAdaptersMixin, name: str, active: bool) -> dict[str, Any]:
-    modules = [module for _, module in model.adapter_sites.holding(name)]
+    modules: list[nn.Module] = [module for _, module in model.adapter_sites.holding(name)]
     modules += model.adapter_sites.shared(name).values()
+    config = model.adapters_config.get(name)
     parameters = [parameter for module in modules for parameter in module.parameters()]
     return {
         "name": name,
-        "architecture": model.adapters_config.get(name).architecture or "bottleneck",
+        "architecture": (config and config.architecture) or "bottleneck",
         "active": active,
         "#param": _count(parameters),
         "train": all(parameter.requires_grad for parameter in parameters),

@@ -95,8 +95,8 @@ class Watcher(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called."""
-        given = {**dict(enumerate(args)), **kwargs}
-        inputs = {key: self.note(value) for key, value in given.items() if isinstance(value, Tensor)}
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        inputs = {key: self.note(value) for key, value in given if isinstance(value, Tensor)}
         call = Call(module, self.tick(), inputs)
         self.calls.append(call)
         self._open.append(call)

@@ -84,13 +84,13 @@ def load_model(
         raise AdapterError("load_model(interface=…): this version takes no interface; leave the argument out.")
     if issubclass(model_class, _BaseAutoModelClass):
         config = kwargs.get("config") or AutoConfig.from_pretrained(model_name_or_path)
-        model_class = model_class._model_mapping[type(config)]  # type: ignore[attr-defined]
+        model_class = model_class._model_mapping[type(config)]
 
     def build(self: Any, config: Any, *args: Any, **arguments: Any) -> None:
         model_class.__init__(self, config, *args, **arguments)
         ModelAdaptersMixin.init_adapters(self)
 
-    building = type(model_class.__name__, (model_class,), {"__init__": build, **_names(model_class)})
+    building: Any = type(model_class.__name__, (model_class,), {"__init__": build, **_names(model_class)})
     model: Any = building.from_pretrained(model_name_or_path, *model_args, **kwargs)
     model.__class__ = adapted_class(model_class)
     return cast(PreTrainedModel, model)
@@ -128,7 +128,7 @@ class Swapped(ModelAdaptersMixin):
 
 
 def _rebuild(plain_class: type) -> Any:
-    cls = adapted_class(plain_class)
+    cls: Any = adapted_class(plain_class)
     return cls.__new__(cls)
 
 
@@ -151,7 +151,7 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
         current, sites = state.forward, self.adapter_sites
         if current is None or current.sites is not sites:
             current = _open(self, own, {**dict(zip(positional, args, strict=False)), **kwargs})
-        if current.setup is not None and self.repeats_inputs and not current.repeated:
+        if self.repeats_inputs and not current.repeated:
             args, kwargs, current = _repeat_for_parallel(current, args, kwargs)
         previous, state.forward = state.forward, current
         try:
@@ -165,7 +165,8 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
         for name in CONTEXT_ARGUMENTS
         if name not in signature.parameters
     ]
-    own, rest = [], []
+    own: list[inspect.Parameter] = []
+    rest: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         (rest if parameter.kind is parameter.VAR_KEYWORD else own).append(parameter)
     forward_in_context.__signature__ = signature.replace(parameters=[*own, *extra, *rest])  # type: ignore[attr-defined]
@@ -221,8 +222,7 @@ def _repeat_for_parallel(
     current: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Forward]:
     """Everything with a row for each input once per channel of Parallel, channel after channel."""
-    assert current.setup is not None
-    channels = current.setup.parallel_channels
+    channels = 1 if current.setup is None else current.setup.parallel_channels
     if channels == 1:
         return args, kwargs, current
     batch = _batch_size((*args, *kwargs.values()))
@@ -301,7 +301,7 @@ def _generate(cls: Any) -> Callable[..., Any]:
 
 def _prepare_encoder(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     own = {name: model_kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in model_kwargs}
-    parent = super(type(self), self)
+    parent: Any = super(type(self), self)
     with _pass(_open(self, own, model_kwargs)):
         prepared = parent._prepare_encoder_decoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
     return {**prepared, **own}

@@ -218,7 +218,7 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         super().__init__()
         width = site.width
         self.stack, self.normalised, self.config = site.stack, site.normalised, config
-        inner = max(1, int(width / _reduction(config, site.layer)))
+        inner = max(1, int(width // _reduction(config, site.layer)))
         before: list[nn.Module] = [nn.LayerNorm(width)] if config.ln_before else []
         down = nn.Linear(width, inner)
         self.adapter_down = nn.Sequential(*before, down, activation(config.non_linearity))
@@ -239,8 +239,8 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         if config.phm_layer or config.inv_adapter:
             missing = "phm_layer" if config.phm_layer else "inv_adapter"
             raise AdapterError(
-                f"add_adapter(config={type(config).__name__}): {missing}={config[missing]!r} has no implementation in this "
-                f"version; use a configuration without it."
+                f"add_adapter(config={type(config).__name__}): {missing}={config[missing]!r} has no implementation in "
+                f"this version; use a configuration without it."
             )
         return bool(config[site.location]) and site.layer not in config.leave_out
 

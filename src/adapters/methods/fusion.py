@@ -127,7 +127,7 @@ DEFAULT_ADAPTERFUSION_CONFIG = "dynamic"
 class Fusion(nn.Module):
     """h' = sum_i p_i V u_i + residual, p = softmax_i((Q x) . (K u_i) / T)
 
-    Attention over the updates u_i of several adapters at one sub-layer. Pfeiffer et al. 2021, arXiv:2005.00247, eq. 2-3.
+    Attention over the updates u_i of several adapters at one sub-layer. Pfeiffer et al. 2021, arXiv:2005.00247, eq. 3.
     x is the input of the last adapter, or with ``query_before_ln`` the sub-layer's output.
 
     Parameters: query and key (d, d) with bias, value (d, d). Start: value near the identity if ``value_initialized``.
@@ -147,6 +147,7 @@ class Fusion(nn.Module):
         self.dropout = attention_dropout if config.dropout_prob is None else config.dropout_prob
         if config.temperature:
             self.register_buffer("temperature", torch.tensor(50.0))
+        self.temperature: Tensor
         self.name, self.layer, self.location = "", -1, ""
 
     def forward(self, signal: SublayerSignal, outputs: list[SublayerSignal], last: Bottleneck) -> SublayerSignal:

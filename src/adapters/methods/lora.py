@@ -123,8 +123,8 @@ class LoRA(AdapterModule[LinearSignal]):
         """At the projections that the configuration's flags and ``attn_matrices`` name."""
         if config.use_dora or config.vera_d is not None or config.vera_b is not None or config.architecture != "lora":
             raise AdapterError(
-                f"add_adapter(config={type(config).__name__}): this version has no implementation of DoRA, VeRA and MTL-LoRA; "
-                "use LoRAConfig without use_dora, vera_d and vera_b."
+                f"add_adapter(config={type(config).__name__}): this version has no implementation of DoRA, VeRA and "
+                "MTL-LoRA; use LoRAConfig without use_dora, vera_d and vera_b."
             )
         named = site.location != "selfattn_lora" or site.role in config.attn_matrices
         return bool(config[site.location]) and named and site.layer not in config.leave_out

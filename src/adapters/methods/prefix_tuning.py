@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +102,11 @@ class PrefixGroup(nn.Module):
         if isinstance(self.control_trans, nn.Parameter):
             slots = self.control_trans.view(self.length, self.layers, -1)[:, index]
         else:
-            first, act, second = self.control_trans
-            assert isinstance(second, nn.Linear)
+            inner = self.control_trans[:2](self.wte.weight)
             size = 2 * self.heads * self.head_width
+            weight, bias = (self.control_trans[2].get_parameter(name) for name in ("weight", "bias"))
             rows = slice(index * size, (index + 1) * size)
-            slots = linear(act(first(self.wte.weight)), second.weight[rows], second.bias[rows])
+            slots = linear(inner, weight[rows], bias[rows])
         return slots.view(self.length, 2, self.heads, self.head_width).permute(1, 2, 0, 3)
 
 
@@ -126,11 +127,9 @@ class Prefix(AdapterModule[PrefixSignal]):
     container = "prefix_gates"
     shared_container = "prefix_tuning.prefix_tunings"
 
-    def __init__(self, config: PrefixTuningConfig, site: AttentionSite, shared: nn.Module | None = None) -> None:
+    def __init__(self, config: PrefixTuningConfig, site: AttentionSite, shared: Any = None) -> None:
         super().__init__()
-        assert isinstance(shared, nn.ModuleDict)
         group = shared[site.location]
-        assert isinstance(group, PrefixGroup)
         self._group = (group,)  # in a tuple, so that it is not registered in every layer
         self.index = group.positions[site.index]
         self.stack, self.dropout = site.stack, config.dropout
