@@ -28,6 +28,7 @@ from .errors import AdapterError, listing
 from .heads.language_modeling import CausalLMHead
 from .heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
 from .heads.registry import offered_head_types
+from .wrap import _generate, _prepare_encoder, in_forward_context
 
 SUFFIX = "AdapterModel"
 # Encoder-decoders first: transformers also has a causal language model of the decoder of some of them.
@@ -63,7 +64,9 @@ class FlexibleAdapterModel(ModelWithFlexibleHeadsAdaptersMixin):
 class GenerativeAdapterModel(FlexibleAdapterModel):
     """An ``XAdapterModel`` that generates while a language modeling head is active."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    generation: ClassVar[type[GenerationMixin]]
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generates tokens with the active causal or sequence-to-sequence language modeling head.
 
         Raises:
@@ -77,10 +80,10 @@ class GenerativeAdapterModel(FlexibleAdapterModel):
         wrong = [n for n in plan.names if not (isinstance(h := self.heads[n], CausalLMHead) and h.generative)]
         if wrong or not plan.names:
             raise AdapterError(
-                f"generate: the heads in use are {listing(plan.names)}; generation needs a causal_lm or seq2seq_lm head. "
-                "Add one with add_causal_lm_head or add_seq2seq_lm_head, or set active_head."
+                f"generate: the heads in use are {listing(plan.names)}; generation needs a causal_lm or seq2seq_lm "
+                "head. Add one with add_causal_lm_head or add_seq2seq_lm_head, or set active_head."
             )
-        return super().generate(*args, **kwargs)
+        return _generate(self.generation)(self, inputs, *args, **kwargs)
 
 
 @cache
@@ -109,6 +112,8 @@ def adapter_model_class(config_class: type[PreTrainedConfig]) -> type[PreTrained
     namespace["head_types"] = offered_head_types(config_class, encoder_decoder, base_class.main_input_name)
     if encoder_decoder:
         namespace["prepare_decoder_input_ids_from_labels"] = _shift(language_model)
+    if generation:
+        namespace |= {"generation": generation, "_prepare_encoder_decoder_kwargs_for_generation": _prepare_encoder}
     bases = (GenerativeAdapterModel, abstract, generation) if generation else (FlexibleAdapterModel, abstract)
     return type(name, bases, namespace)
 
@@ -147,7 +152,7 @@ def _parameters(base_class: type[PreTrainedModel]) -> list[inspect.Parameter]:
 
 
 def _forward(base_class: type[PreTrainedModel]) -> Callable[..., Any]:
-    """A forward that shows the base model's signature, which the Trainer and ``generate`` read for the inputs' names."""
+    """A forward with the base model's signature, where the Trainer and ``generate`` read the names of the inputs."""
 
     def forward(self: FlexibleAdapterModel, *args: Any, **kwargs: Any) -> Any:
         return FlexibleAdapterModel.forward(self, *args, **kwargs)
@@ -157,7 +162,7 @@ def _forward(base_class: type[PreTrainedModel]) -> Callable[..., Any]:
     own = [parameter for parameter in rest if parameter.kind is not parameter.VAR_POSITIONAL]
     base = [p for p in _parameters(base_class) if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "return_dict"]
     forward.__signature__ = signature.replace(parameters=[first, *base, *own])  # type: ignore[attr-defined]
-    return forward
+    return in_forward_context(forward)
 
 
 def _shift(language_model: type[PreTrainedModel] | None) -> Callable[..., torch.Tensor]:

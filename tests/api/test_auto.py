@@ -106,7 +106,8 @@ def test_a_fresh_process_unpickles_a_model(tmp_path):
     model = adapter_model("bert")
     model.add_classification_head("h")
     torch.save(model, tmp_path / "model.pt")
-    code = f"import torch; model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); print(type(model), model.active_head)"
+    load = f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)"
+    code = f"import torch; {load}; print(type(model), model.active_head)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "<class 'adapters.auto.BertAdapterModel'> h"
 

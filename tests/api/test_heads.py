@@ -3,7 +3,6 @@
 import copy
 import inspect
 
-import adapters.composition as ac
 import pytest
 import torch
 from head_models import (
@@ -24,6 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+import adapters.composition as ac
 from adapters import AdapterSetup, AutoAdapterModel
 from adapters.heads import MultiHeadOutput, PredictionHead
 from adapters.heads.model_mixin import MODEL_HEAD_MAP
@@ -121,7 +121,9 @@ def test_layers_stand_at_the_indices_of_the_file_format(settings, layers):
     model = adapter_model("bert")
     model.add_classification_head("h", num_labels=3, **settings)
     assert [type(layer) for layer in model.heads["h"]] == layers
-    linear = [f"heads.h.{i}.{part}" for i, l in enumerate(layers) if l is nn.Linear for part in ("weight", "bias")]
+    linear = [
+        f"heads.h.{i}.{part}" for i, layer in enumerate(layers) if layer is nn.Linear for part in ("weight", "bias")
+    ]
     assert [key for key in model.state_dict() if key.startswith("heads.")] == linear
 
 
@@ -129,7 +131,7 @@ def test_lm_head_layers_stand_at_the_indices_of_the_file_format():
     model = adapter_model("albert")
     model.add_masked_lm_head("mlm")
     shapes = {key: tuple(value.shape) for key, value in model.heads["mlm"].state_dict().items()}
-    assert {key for key in shapes} == {f"{i}.{part}" for i in (0, 2, 3) for part in ("weight", "bias")}
+    assert set(shapes) == {f"{i}.{part}" for i in (0, 2, 3) for part in ("weight", "bias")}
     assert shapes["0.weight"] == (8, 16) and shapes["3.weight"] == (VOCABULARY, 8)
 
 
@@ -524,3 +526,144 @@ def test_heads_compile_without_a_graph_break(name):
     model.add_classification_head("h")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**batch(name)).logits, model(**batch(name)).logits)
+
+
+# --- with adapters -------------------------------------------------------------------------------------------------
+
+
+def with_adapters(name: str = "bert"):
+    """A model with two adapters that change its outputs, and a head of each name."""
+    model = two_heads(name)
+    for adapter in ("a", "b"):
+        model.add_adapter(adapter, "lora")
+    generator = torch.Generator().manual_seed(2)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            parameter.data.normal_(0, 0.5, generator=generator)
+    model.set_active_adapters(None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("setup", "heads"),
+    [
+        (lambda: "a", "a"),
+        (lambda: ac.Stack("b", "a"), "a"),
+        (lambda: ac.Parallel("a", "b"), ["a", "b"]),
+        (lambda: ac.BatchSplit("a", "b", batch_sizes=[1, 1]), ac.BatchSplit("a", "b", batch_sizes=[1, 1])),
+        (lambda: ac.Average("a", "a"), "b"),
+        (lambda: "headless", "b"),
+        (lambda: ac.Parallel("a", "headless"), "b"),
+        (lambda: None, "b"),
+    ],
+)
+def test_set_active_adapters_switches_the_heads_it_finds(setup, heads):
+    model = with_adapters()
+    model.add_adapter("headless", "lora")
+    model.active_head = "b"
+    model.set_active_adapters(setup())
+    assert model.active_head == heads
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("by_context", [False, True])
+def test_parallel_equals_separate_runs(name, by_context):
+    model = with_adapters(name)
+    inputs, labels = batch(name), torch.tensor([1, 0])
+    separate = []
+    for adapter in ("a", "b"):
+        model.set_active_adapters(adapter)
+        separate.append(model(**inputs, labels=labels))
+    assert not torch.allclose(separate[0].logits, separate[1].logits[:, :2], atol=1e-3)
+    setup = ac.Parallel("a", "b")
+    if by_context:
+        model.set_active_adapters(None)
+        with AdapterSetup(setup):
+            output = model(**inputs, labels=labels)
+    else:
+        model.set_active_adapters(setup)
+        output = model(**inputs, labels=labels)
+    for part, expected in zip(output, separate, strict=True):
+        torch.testing.assert_close(part.logits, expected.logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(part.loss, expected.loss, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(output["loss"], separate[0].loss + separate[1].loss, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_batch_split_of_adapters_and_heads_equals_separate_runs(name):
+    model = with_adapters(name)
+    inputs = batch(name, rows=3)
+    model.set_active_adapters(ac.BatchSplit("a", "b", batch_sizes=[1, 2]))
+    output = model(**inputs, labels=torch.tensor([1, 0, 2]))
+    for part, adapter, rows in zip(output, ("a", "b"), (slice(0, 1), slice(1, 3)), strict=True):
+        model.set_active_adapters(adapter)
+        expected = model(**{key: value[rows] for key, value in inputs.items()})
+        torch.testing.assert_close(part.logits, expected.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_parallel_adapters_need_as_many_heads():
+    model = with_adapters()
+    model.set_active_adapters(ac.Parallel("a", "b"))
+    model.active_head = "a"
+    with pytest.raises(ValueError, match=r"parallel adapters \(2\).*active heads \(1\) must match"):
+        model(**batch("bert"))
+
+
+def test_an_adapter_setup_with_a_head_that_is_missing_keeps_the_active_one():
+    model = with_adapters()
+    model.add_adapter("headless", "lora")
+    with AdapterSetup("headless"):
+        assert model(**batch("bert")).logits.shape == (2, 3)
+    with AdapterSetup("a"):
+        assert model(**batch("bert")).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_training_an_adapter_trains_its_head_but_no_output_embeddings(name):
+    model = with_adapters(name)
+    ADD["seq2seq_lm" if name == "t5" else "causal_lm"](model, "lm")
+    model.active_head = "lm"
+    model.train_adapter("a")
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(parameter.requires_grad for parameter in model.heads["a"].parameters())
+    assert not model.heads["lm"].get_output_embeddings().weight.requires_grad
+    assert not [key for key in trainable if not key.startswith("heads.") and ".a." not in key]
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_models_come_back_with_adapters_and_heads(name, tmp_path):
+    model = with_adapters(name)
+    model.save_pretrained(tmp_path)
+    again = AutoAdapterModel.from_pretrained(tmp_path)
+    assert set(again.adapters_config.adapters) == {"a", "b"} and again.active_adapters is None
+    for adapter in ("a", "b"):
+        model.set_active_adapters(adapter)
+        again.set_active_adapters(adapter)
+        assert again.active_head == adapter
+        assert torch.equal(again(**batch(name)).logits, model(**batch(name)).logits)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
+def test_generation_with_an_adapter_is_the_same_with_and_without_cache(name):
+    model, _ = with_lm_head(name)
+    model.add_adapter("a", "lora[init_weights='bert']")
+    model.set_active_adapters("a")
+    prompt = {key: value[:1] for key, value in batch(name).items()}
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**prompt, **settings), model.generate(**prompt, **settings, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_parallel_generation_equals_separate_generation(name):
+    model, _ = with_lm_head(name)
+    for adapter in ("a", "b"):
+        model.add_adapter(adapter, "lora[init_weights='bert']")
+        model.add_prediction_head_from_config(adapter, model.heads["lm"].config)
+    prompt = {key: value[:1] for key, value in batch(name).items()}
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    separate = []
+    for adapter in ("a", "b"):
+        model.set_active_adapters(adapter)
+        separate.append(model.generate(**prompt, **settings))
+    model.set_active_adapters(ac.Parallel("a", "b"))
+    assert torch.equal(model.generate(**prompt, **settings), torch.cat(separate))

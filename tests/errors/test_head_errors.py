@@ -1,11 +1,11 @@
 """What users see when they ask for a head that cannot be."""
 
-import adapters
-import adapters.composition as ac
 import pytest
 import torch
 from transformers import BertConfig, GPT2Config, T5Config, ViTConfig
 
+import adapters
+import adapters.composition as ac
 from adapters import AutoAdapterModel
 from adapters.errors import AdapterError, CompositionError, ConfigError
 from adapters.heads import ClassificationHead, PredictionHead
@@ -46,6 +46,7 @@ CALLS = [
         "3 different labels.* 2 outputs",
     ),
     (lambda m: m.add_classification_head("t", activation_function="tahn"), ConfigError, "'tahn'.*did you mean 'tanh'"),
+    (lambda m: m.add_qa_head("q", num_labels=3), ConfigError, "head 'q': num_labels is 3; a span has 2"),
     (lambda m: m.add_custom_head("mine", "t"), AttributeError, "head_type that is not registered"),
     (lambda m: m.register_custom_head("mine", dict), ConfigError, "is no head class"),
     (lambda m: m.register_custom_head("tagging", PredictionHead), ConfigError, "built-in head type"),

@@ -3,11 +3,12 @@
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..errors import AdapterError, ConfigError, listing
+from ..model import ModelAdaptersMixin
 from .base import PredictionHead, UnknownHeadTypeError, label_ids
 from .registry import MODEL_HEAD_MAP
 
@@ -15,13 +16,7 @@ from .registry import MODEL_HEAD_MAP
 RESERVED_NAMES = frozenset(dir(nn.ModuleDict()))
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel as Host
-else:
-    Host = object
-
-
-class HeadAdder(Host):
+class HeadAdder(ModelAdaptersMixin):
     """Adds heads by type, by config or as objects; part of ModelWithFlexibleHeadsAdaptersMixin.
 
     Class attributes:
@@ -236,7 +231,8 @@ class HeadAdder(Host):
         """
         if not (inspect.isclass(head_class) and issubclass(head_class, PredictionHead)):
             raise ConfigError(
-                f"register_custom_head({identifier!r}): {head_class!r} is no head class; pass a subclass of PredictionHead."
+                f"register_custom_head({identifier!r}): {head_class!r} is no head class; "
+                "pass a subclass of PredictionHead."
             )
         if identifier in MODEL_HEAD_MAP:
             raise ConfigError(
@@ -292,8 +288,8 @@ class HeadAdder(Host):
         known: dict[str, Callable[..., PredictionHead]] = {**MODEL_HEAD_MAP, **self.custom_heads}
         if head_type not in known:
             raise UnknownHeadTypeError(
-                f"add_prediction_head_from_config({head_name!r}): Given head type {head_type!r} is not known; known are "
-                f"{listing(known)}. Please register this head type before loading the model."
+                f"add_prediction_head_from_config({head_name!r}): Given head type {head_type!r} is not known; known "
+                f"are {listing(known)}. Please register this head type before loading the model."
             )
         self._check_name(head_name, overwrite_ok)
         try:
@@ -320,8 +316,8 @@ class HeadAdder(Host):
         outputs = settings.get("num_labels", settings.get("num_choices"))
         if id2label is not None and len(set(id2label.values())) != outputs:
             raise ConfigError(
-                f"add head {head_name!r}: id2label has {len(set(id2label.values()))} different labels, but the head has "
-                f"{outputs} outputs; the numbers must be equal."
+                f"add head {head_name!r}: id2label has {len(set(id2label.values()))} different labels, but the head "
+                f"has {outputs} outputs; the numbers must be equal."
             )
         config = {"head_type": head_type, "label2id": label_ids(id2label), **settings}
         self.add_prediction_head_from_config(head_name, config, overwrite_ok)

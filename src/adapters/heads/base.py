@@ -85,6 +85,12 @@ class PredictionHead(nn.Sequential):
         candidates = [self.config.get("dropout_prob"), *(vars(config).get(name) for name in DROPOUT_NAMES)]
         return next((float(value) for value in candidates if value is not None), 0.0)
 
+    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layers, one after the other."""
+        for layer in self:
+            hidden = layer(hidden)
+        return hidden
+
     def sentence(
         self, cls_output: torch.Tensor | None, pooled_output: torch.Tensor | None = None, **_: Any
     ) -> torch.Tensor:
@@ -170,5 +176,5 @@ def label_ids(id2label: Mapping[Any, str] | None) -> dict[str, int] | None:
 
 
 def with_prompt(tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:
-    """Puts ``length`` columns of ``value`` in front, for the virtual tokens of a prompt: ``(b, s) -> (b, length + s)``."""
+    """Puts ``length`` columns of ``value`` in front, for a prompt's tokens: ``(b, s) -> (b, length + s)``."""
     return nn.functional.pad(tensor, (length, 0), value=value) if length else tensor

@@ -61,7 +61,7 @@ class ClassificationHead(PredictionHead):
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Logits and loss from the base model's output."""
-        logits = super().forward(self.sentence(cls_output, **inputs))
+        logits = self.run(self.sentence(cls_output, **inputs))
         loss = None if labels is None else self.loss(logits, labels)
         encoder_decoder = isinstance(outputs, Seq2SeqModelOutput)
         kind = Seq2SeqSequenceClassifierOutput if encoder_decoder else SequenceClassifierOutput
@@ -124,7 +124,7 @@ class MultipleChoiceHead(PredictionHead):
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Scores and loss from the base model's output on the flattened choices."""
-        logits = super().forward(self.sentence(cls_output, **inputs)).view(-1, self.config["num_choices"])
+        logits = self.run(self.sentence(cls_output, **inputs)).view(-1, self.config["num_choices"])
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return self.result(MultipleChoiceModelOutput, outputs, return_dict, loss=loss, logits=logits)
 
@@ -172,7 +172,7 @@ class ImageClassificationHead(PredictionHead):
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Logits and loss from the base model's output."""
-        logits = super().forward(self.sentence(cls_output, **inputs))
+        logits = self.run(self.sentence(cls_output, **inputs))
         loss = None
         if labels is not None:
             loss = (multi_label_loss if self.config["multilabel"] else single_label_loss)(logits, labels)

@@ -36,11 +36,11 @@ class MultiHeadOutput(ModelOutput):
 
     def __getitem__(self, key: Any) -> Any:
         """A head's output by its index, a field by its name."""
-        return super().__getitem__(key) if isinstance(key, str) else (self.head_outputs or [])[key]
+        return ModelOutput.__getitem__(self, key) if isinstance(key, str) else (self.head_outputs or [])[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key, str):
-            super().__setitem__(key, value)
+            ModelOutput.__setitem__(self, key, value)
         else:
             (self.head_outputs or [])[key] = value
 
@@ -69,22 +69,27 @@ class HeadPlan:
             return cls(())
         if isinstance(setup, str):
             return cls((setup,))
-        names = tuple(child.last() if isinstance(child, Block) else child for child in setup)
+        names = tuple(child.last() if isinstance(child, Block) else child or "" for child in setup)
         return cls(
             names, tuple(setup.batch_sizes) if isinstance(setup, BatchSplit) else None, isinstance(setup, Parallel)
         )
 
-    def rows(self, total: int, channels: int) -> list[slice] | None:
+    def rows(self, total: int, channels: int, repeated: bool) -> list[slice] | None:
         """The rows of each head in a batch of ``total`` rows; None if every head takes all.
+
+        ``repeated``: ``generate`` may have repeated each row in place, for beams and for return sequences.
 
         Raises:
             CompositionError: The sizes do not add up to the batch, or there is not one head for each channel.
         """
         if self.sizes is not None:
-            if sum(self.sizes) != total:
+            size = sum(self.sizes)
+            if repeated and size and total % size == 0:
+                return windows([rows * (total // size) for rows in self.sizes])
+            if size != total:
                 raise CompositionError(
                     f"BatchSplit(batch_sizes={list(self.sizes)}) of heads: The specified batch sizes sum to "
-                    f"{sum(self.sizes)}, the batch has {total} rows; they must be equal."
+                    f"{size}, the batch has {total} rows; they must be equal."
                 )
             return windows(self.sizes)
         if not self.parallel and channels == 1:
@@ -120,7 +125,7 @@ def take_rows(value: Any, rows: slice, total: int) -> Any:
 def flatten_choices(inputs: dict[str, Any]) -> dict[str, Any]:
     """Makes rows of the choices of multiple-choice inputs: ``(b, c, s) -> (b * c, s)``."""
     tokens, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if not (tokens is not None and tokens.dim() == 3 or embeddings is not None and embeddings.dim() == 4):
+    if (tokens is None or tokens.dim() != 3) and (embeddings is None or embeddings.dim() != 4):
         return inputs
     flat = {name: inputs[name].flatten(0, 1) for name in CHOICE_INPUTS if inputs.get(name) is not None}
     return {**inputs, **flat}

@@ -14,10 +14,8 @@ from transformers.utils.generic import ModelOutput
 
 from ..checkpoints import heads as head_files
 from ..composition import Block, parse_heads_from_composition
-from ..context import AdapterSetup
+from ..context import AdapterSetup, state
 from ..errors import AdapterError, listing
-from ..model import ModelAdaptersMixin
-from ..wrap import in_forward_context
 from .adding import HeadAdder
 from .base import PredictionHead
 from .dispatch import HeadPlan, HeadSetup, check_names, flatten_choices, gather, hand_on, take_rows, to_tuple
@@ -32,12 +30,15 @@ logger = logging.getLogger(__name__)
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
-class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
+class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder):
     """A base model with adapters and any number of named prediction heads, ``model.heads``.
 
     The heads of a forward pass are those of its argument ``head``, else of the innermost ``AdapterSetup``, else the
     ``active_head``. Without one the model returns what its base model returns.
     """
+
+    # The base model repeats its inputs for Parallel; the heads then take their rows of its outputs.
+    repeats_inputs = False
 
     # The loss of a head is a mean over its batch: the Trainer scales it for gradient accumulation.
     accepts_loss_kwargs = False
@@ -157,7 +158,6 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
-    @in_forward_context
     def forward(self, *args: Any, head: HeadSetup = None, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """Runs the base model and the heads in use; labels go to every one of them.
 
@@ -207,7 +207,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
 
     def _run_heads(self, plan: HeadPlan, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Any:
         setup, total = self.effective_setup(), len(outputs[0])
-        rows = plan.rows(total, setup.parallel_channels if setup else 1)
+        rows = plan.rows(total, setup.parallel_channels if setup else 1, repeated=state.generating is not None)
         parts = [(outputs, inputs)] * len(plan.names)
         if rows is not None:
             parts = [(take_rows(outputs, part, total), take_rows(inputs, part, total)) for part in rows]
@@ -332,7 +332,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         return f"heads.{head.name}.{path}"
 
     @property
-    def _tied_weights_keys(self) -> dict[str, str]:  # type: ignore[override]
+    def _tied_weights_keys(self) -> dict[str, str]:
         """What transformers reads to tie, load and save: patterns, because a head's name may be one by accident."""
         return {f"{re.escape(path)}$": f"{re.escape(source)}$" for path, source in self._tied_heads().items()}
 
@@ -349,7 +349,11 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
             self.heads[name].to(device=device, dtype=dtype)
 
     def save_head(
-        self, save_directory: str | PathLike[str], head_name: str | None = None, use_safetensors: bool = True
+        self,
+        save_directory: str | PathLike[str],
+        head_name: str | None = None,
+        use_safetensors: bool = True,
+        **kwargs: Any,
     ) -> None:
         """Saves a head, by default the active one, to a directory.
 
@@ -359,7 +363,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         Example:
             >>> model.save_head("out/sst2", "sst2")
         """
-        head_files.save_head(self, save_directory, self._named(head_name, "save_head").name, use_safetensors)
+        head_files.save_head(self, save_directory, self._named(head_name, "save_head").name, use_safetensors, **kwargs)
 
     def save_all_heads(self, save_directory: str | PathLike[str], use_safetensors: bool = True) -> None:
         """Saves each head to a folder of its name.
@@ -376,8 +380,16 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         load_as: str | None = None,
         id2label: Mapping[int, str] | None = None,
         use_safetensors: bool = True,
-    ) -> tuple[str, str]:
+        **kwargs: Any,
+    ) -> tuple[str, str | None]:
         """Loads a head from a directory, adds and activates it; returns the directory and the head's name.
+
+        Args:
+            save_directory: Where it was saved.
+            load_as: Its name in this model.
+            id2label: Labels in place of the saved ones.
+            use_safetensors: Prefer the safetensors file if there are both.
+            kwargs: ``set_active`` (default True) and ``loading_info`` (a dict that receives the missing keys).
 
         Raises:
             CheckpointError: The files are missing, broken or do not fit the model.
@@ -385,4 +397,4 @@ class ModelWithFlexibleHeadsAdaptersMixin(HeadAdder, ModelAdaptersMixin):
         Example:
             >>> model.load_head("out/sst2", load_as="reviews")
         """
-        return head_files.load_head(self, save_directory, load_as, id2label, use_safetensors)
+        return head_files.load_head(self, save_directory, load_as, id2label, use_safetensors, **kwargs)

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import ModelOutput
 
+from ..errors import ConfigError
 from .base import IGNORED, PredictionHead, label_ids, with_prompt
 
 
@@ -48,7 +49,7 @@ class TaggingHead(PredictionHead):
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Logits and loss from the base model's output."""
-        logits = super().forward(outputs[0])
+        logits = self.run(outputs[0])
         loss = None
         if labels is not None:
             if attention_mask is not None:
@@ -77,6 +78,8 @@ class QuestionAnsweringHead(PredictionHead):
         dropout_prob: float | None = None,
     ) -> None:
         super().__init__(head_name)
+        if num_labels != 2:
+            raise ConfigError(f"head {head_name!r}: num_labels is {num_labels}; a span has 2, its start and its end.")
         self.config = token_config(
             "question_answering", num_labels, layers, activation_function, id2label, dropout_prob
         )
@@ -94,7 +97,7 @@ class QuestionAnsweringHead(PredictionHead):
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Start logits, end logits and loss from the base model's output."""
-        start, end = (part.squeeze(-1) for part in super().forward(outputs[0]).split(1, dim=-1))
+        start, end = self.run(outputs[0]).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             losses = [span_loss(start, start_positions + prompt_length), span_loss(end, end_positions + prompt_length)]
