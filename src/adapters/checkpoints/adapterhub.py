@@ -1,0 +1,221 @@
+"""The native format of adapters: folders that 1.x reads, and the other way round."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..configuration import AdapterConfig, get_adapter_config_hash
+from ..configuration.resolve import build_config
+from ..errors import AdapterError, CheckpointError, UnknownAdapterError, suggestion
+from . import files, heads, hub, legacy, weights
+from .files import ADAPTER, HEAD, Content, Weights
+from .loaders import WeightsLoader
+from .placing import Adapters, all_or_nothing, place, remembered_activation
+from .provenance import check_architecture, full_config, origin, prefixes
+from .weights import Fit, Slots
+
+if TYPE_CHECKING:
+    from ..model import ModelAdaptersMixin
+
+Loaders = Iterable[WeightsLoader] | None
+Folder = str | os.PathLike[str]
+
+
+def save_adapter(
+    model: "ModelAdaptersMixin",
+    save_directory: Folder,
+    adapter_name: str,
+    with_head: bool = True,
+    meta_dict: Mapping[str, Any] | None = None,
+    custom_weights_loaders: Loaders = None,
+    use_safetensors: bool = True,
+) -> None:
+    """Writes an adapter, and the head of the same name if there is one, into a folder: all files or none.
+
+    Args:
+        meta_dict: More entries for the config file; they replace none of its own.
+        custom_weights_loaders: Each saves what it wants into the folder afterwards.
+
+    Raises:
+        UnknownAdapterError: The model has no such adapter.
+        CheckpointError: The folder cannot be written.
+    """
+    contents = {ADAPTER: _content(model, adapter_name, meta_dict or {})}
+    if with_head and (head := heads.content(model, adapter_name)):
+        contents[HEAD] = head
+    files.write(save_directory, contents, use_safetensors)
+    for loader in custom_weights_loaders or ():
+        loader.save(str(save_directory), adapter_name)
+
+
+def save_all_adapters(
+    model: "ModelAdaptersMixin",
+    save_directory: Folder,
+    with_head: bool = True,
+    meta_dict: Mapping[str, Any] | None = None,
+    custom_weights_loaders: Loaders = None,
+    use_safetensors: bool = True,
+) -> None:
+    """Writes each adapter into a folder of its name, with its configuration's hash as ``config_id``.
+
+    Raises:
+        CheckpointError: A folder cannot be written.
+    """
+    for name in model.adapters_config.adapters:
+        meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(_config(model, name).to_dict())}
+        folder = files.subfolder(save_directory, name)
+        save_adapter(model, folder, name, with_head, meta, custom_weights_loaders, use_safetensors)
+
+
+def _content(model: "ModelAdaptersMixin", name: str, meta: Mapping[str, Any]) -> Content:
+    config = _config(model, name)
+    tensors = weights.gathered(weights.adapter_slots(model, name), weights.prefix_of(model))
+    return Content(full_config(model, name, config.to_dict(), meta), tensors)
+
+
+def _config(model: "ModelAdaptersMixin", name: str) -> AdapterConfig:
+    config = model.adapters_config.get(name)
+    if config is None:
+        raise UnknownAdapterError(
+            f"save_adapter({name!r}): No adapter of this type with the given name is part of this model; "
+            f"{suggestion(name, model.adapters_config.adapters)}"
+        )
+    return config
+
+
+def load_adapter(
+    model: "ModelAdaptersMixin",
+    adapter_name_or_path: Folder,
+    config: Any = None,
+    version: str | None = None,
+    model_name: str | None = None,
+    load_as: str | None = None,
+    with_head: bool = True,
+    custom_weights_loaders: Loaders = None,
+    leave_out: list[int] | None = None,
+    id2label: Mapping[int, str] | None = None,
+    set_active: bool = False,
+    use_safetensors: bool = True,
+    *,
+    loading_info: dict[str, Any] | None = None,
+    num_labels: int | None = None,
+    undo: ExitStack | None = None,
+    **download_arguments: Any,
+) -> str:
+    """Adds an adapter, and the head saved with it, from a folder or the Hub; returns its name.
+
+    An adapter of that name is overwritten. A head that is not for this class of model is left out with a warning.
+
+    Args:
+        config, model_name: Without effect; they named entries of an archive that is gone.
+        version: The revision on the Hub.
+        load_as: The name in this model; by default the one it was saved under.
+        custom_weights_loaders: Each loads what it wants from the folder afterwards.
+        leave_out: Layers that get no modules, besides those of the saved configuration.
+        id2label: Labels of the head in place of the saved ones; `num_labels=n` gives ``LABEL_0`` to ``LABEL_<n-1>``.
+        use_safetensors: Which weights file is read if both formats are there.
+        loading_info: Receives the lists ``missing_keys`` and ``unexpected_keys``.
+        undo: The enclosing load of a setup.
+        download_arguments: See ``hub.resolve``.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be found, is broken, or does not fit the model, which is as it was.
+    """
+    asked = f"load_adapter({os.fspath(adapter_name_or_path)!r})"
+    if config is not None or model_name is not None:
+        warnings.warn(f"{asked}: config and model_name have no effect; leave them out.", FutureWarning, stacklevel=3)
+    folder = hub.resolve(asked, os.fspath(adapter_name_or_path), version, **download_arguments)
+    adapter = read_adapter(folder, load_as, leave_out, use_safetensors)
+    if num_labels is not None:
+        id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
+    head = heads.beside_adapter(model, folder, adapter.name, load_as, id2label, use_safetensors) if with_head else None
+    with all_or_nothing(model, undo) as changes:
+        adapter.place(model, asked, loading_info, changes, complete=leave_out is None)
+        if set_active:
+            model.set_active_adapters(adapter.name)
+        if head is not None:
+            heads.place_head(model, head, asked, set_active, loading_info, changes)
+        for loader in custom_weights_loaders or ():
+            loader.load(
+                str(folder),
+                load_as=load_as,
+                loading_info=loading_info,
+                main_load_name=adapter.name,
+                id2label=id2label,
+                set_active=set_active,
+            )
+    return adapter.name
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What an adapter's folder says.
+
+    Attributes:
+        name: What it will be called in the model.
+        config: Its configuration.
+        weights: Its tensors by 1.x's keys for that name.
+        file: The content of its config file.
+    """
+
+    name: str
+    config: AdapterConfig
+    weights: Weights
+    file: Mapping[str, Any]
+
+    def place(
+        self,
+        model: "ModelAdaptersMixin",
+        asked: str,
+        loading_info: dict[str, Any] | None,
+        undo: ExitStack,
+        complete: bool,
+    ) -> None:
+        """Adds the adapter to a model; `complete` if tensors without a place there are worth a warning.
+
+        Raises:
+            CheckpointError: It does not fit.
+        """
+        active_again = remembered_activation(model)
+        fit = place(Adapters(model), self.name, self.config, self._comparison(model, asked), undo)
+        active_again()
+        check_architecture(self.file, self.weights, model, asked)
+        weights.report(fit, asked, loading_info, complete)
+
+    def _comparison(self, model: "ModelAdaptersMixin", asked: str) -> Callable[[Slots], Fit]:
+        known, own = prefixes(self.file, self.weights, model), weights.prefix_of(model)
+        return lambda slots: weights.compare(slots, self.weights, known, own, asked, origin(self.file, model))
+
+
+def read_adapter(
+    folder: Path, load_as: str | None = None, leave_out: list[int] | None = None, use_safetensors: bool = True
+) -> SavedAdapter:
+    """Reads the folder of an adapter; touches no model.
+
+    Raises:
+        CheckpointError: A file is missing or broken.
+    """
+    file = folder / ADAPTER.config
+    full = files.read_json(file)
+    name = load_as or full.get("name")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{str(file)!r}: 'name' is {name!r}; it must be the adapter's name. Pass load_as.")
+    saved = legacy.upgraded_weights(files.read_weights(folder, ADAPTER, use_safetensors))
+    settings = legacy.upgraded_config(full, saved, file)
+    try:
+        config = build_config(_without_layers(settings, leave_out or []))
+    except (AdapterError, TypeError) as error:
+        raise CheckpointError(f"{str(file)!r}: 'config' cannot be used: {error}") from error
+    return SavedAdapter(name, config, weights.renamed(saved, full.get("name") or name, name), full)
+
+
+def _without_layers(config: Mapping[str, Any], leave_out: list[int]) -> dict[str, Any]:
+    if config.get("architecture") == "union":
+        return {**config, "configs": [_without_layers(part, leave_out) for part in config["configs"]]}
+    if not leave_out:
+        return dict(config)
+    return {**config, "leave_out": sorted({*(config.get("leave_out") or []), *leave_out})}

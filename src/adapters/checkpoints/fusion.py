@@ -1,0 +1,169 @@
+"""The native format of AdapterFusion layers."""
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..composition import Fuse
+from ..configuration import AdapterFusionConfig, get_adapter_config_hash
+from ..errors import AdapterError, CheckpointError, UnknownAdapterError, listing, suggestion
+from . import files, heads, weights
+from .adapterhub import Folder, Loaders
+from .files import FUSION, HEAD, Content
+from .placing import Fusions, all_or_nothing, place, remembered_activation
+from .provenance import check_architecture, full_config, origin, prefixes
+
+if TYPE_CHECKING:
+    from ..model import ModelAdaptersMixin
+
+
+def save_adapter_fusion(
+    model: "ModelAdaptersMixin",
+    save_directory: Folder,
+    adapter_names: Fuse | list[str] | str,
+    meta_dict: Mapping[str, Any] | None = None,
+    custom_weights_loaders: Loaders = None,
+    with_head: bool | str = False,
+    use_safetensors: bool = True,
+) -> None:
+    """Writes the layers of a fusion, without its adapters, into a folder: all files or none.
+
+    Args:
+        adapter_names: The fusion: its block, its name, or the names of its adapters.
+        meta_dict: More entries for the config file; they replace none of its own.
+        custom_weights_loaders: Each saves what it wants into the folder afterwards.
+        with_head: Whether the head of the fusion's name is written too; or the name of another one.
+
+    Raises:
+        UnknownAdapterError: The model has no such fusion or head.
+        CheckpointError: The folder cannot be written.
+    """
+    name = fusion_name(adapter_names)
+    contents = {FUSION: _content(model, name, meta_dict or {})}
+    if with_head:
+        head_name = with_head if isinstance(with_head, str) else name
+        head = heads.content(model, head_name)
+        if head is None:
+            raise UnknownAdapterError(
+                f"save_adapter_fusion({name!r}): No head with name {head_name!r} found; pass with_head=False."
+            )
+        contents[HEAD] = head
+    files.write(save_directory, contents, use_safetensors)
+    for loader in custom_weights_loaders or ():
+        loader.save(str(save_directory), name)
+
+
+def save_all_adapter_fusions(
+    model: "ModelAdaptersMixin",
+    save_directory: Folder,
+    meta_dict: Mapping[str, Any] | None = None,
+    custom_weights_loaders: Loaders = None,
+    use_safetensors: bool = True,
+) -> None:
+    """Writes each fusion into a folder of its name, with its configuration's hash as ``config_id``.
+
+    Raises:
+        CheckpointError: A folder cannot be written.
+    """
+    for name in model.adapters_config.fusions:
+        config, _ = _fusion(model, name)
+        meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(config.to_dict())}
+        folder = files.subfolder(save_directory, name)
+        save_adapter_fusion(model, folder, name, meta, custom_weights_loaders, use_safetensors=use_safetensors)
+
+
+def fusion_name(adapter_names: Fuse | list[str] | str) -> str:
+    """The name of a fusion that is given as its block, its name or the names of its adapters."""
+    if isinstance(adapter_names, Fuse):
+        return adapter_names.name
+    return adapter_names if isinstance(adapter_names, str) else ",".join(adapter_names)
+
+
+def _content(model: "ModelAdaptersMixin", name: str, meta: Mapping[str, Any]) -> Content:
+    config, adapters = _fusion(model, name)
+    tensors = weights.gathered(weights.fusion_slots(model, name), weights.prefix_of(model))
+    described = full_config(model, name, config.to_dict(), meta) | {"adapter_names": adapters}
+    return Content(described, tensors)
+
+
+def _fusion(model: "ModelAdaptersMixin", name: str) -> tuple[AdapterFusionConfig, list[str]]:
+    config, adapters = model.adapters_config.get_fusion(name)
+    if config is None:
+        known = suggestion(name, model.adapters_config.fusions)
+        raise UnknownAdapterError(f"save_adapter_fusion({name!r}): Unknown AdapterFusion {name!r}; {known}")
+    return config, list(adapters or ())
+
+
+def load_adapter_fusion(
+    model: "ModelAdaptersMixin",
+    adapter_fusion_name_or_path: Folder,
+    load_as: str | None = None,
+    custom_weights_loaders: Loaders = None,
+    set_active: bool = False,
+    with_head: bool = True,
+    use_safetensors: bool = True,
+    *,
+    loading_info: dict[str, Any] | None = None,
+    undo: ExitStack | None = None,
+) -> str:
+    """Adds the layers of a fusion, and the head saved with it, from a folder; returns its name.
+
+    The adapters that it fuses must be in the model. A fusion of that name is overwritten.
+
+    Args:
+        load_as: The name in this model; by default the one it was saved under.
+        custom_weights_loaders: Each loads what it wants from the folder afterwards.
+        loading_info: Receives the lists ``missing_keys`` and ``unexpected_keys``.
+        undo: The enclosing load of a setup.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, broken, or does not fit the model, which is as it was.
+    """
+    asked = f"load_adapter_fusion({os.fspath(adapter_fusion_name_or_path)!r})"
+    folder = Path(adapter_fusion_name_or_path)
+    file = folder / FUSION.config
+    full = files.read_json(file)
+    saved = files.read_weights(folder, FUSION, use_safetensors)
+    old, config, adapters = _definition(full, file)
+    name = load_as or old
+    if unknown := [adapter for adapter in adapters if adapter not in model.adapters_config]:
+        raise UnknownAdapterError(
+            f"{asked}: No adapter with name {unknown[0]!r} found; it fuses {listing(adapters)}. Load these first."
+        )
+    own = weights.renamed({key: value for key, value in saved.items() if f".{old}." in key}, old, name)
+    head = heads.beside_adapter(model, folder, name, load_as, None, use_safetensors) if with_head else None
+    known, prefix = prefixes(full, own, model), weights.prefix_of(model)
+    with all_or_nothing(model, undo) as changes:
+        active_again = remembered_activation(model)
+        fit = place(
+            Fusions(model),
+            name,
+            (config, adapters),
+            lambda slots: weights.compare(slots, own, known, prefix, asked, origin(full, model)),
+            changes,
+        )
+        active_again()
+        check_architecture(full, own, model, asked)
+        weights.report(fit, asked, loading_info)
+        if set_active:
+            model.set_active_adapters(Fuse(*adapters, name=name))
+        if head is not None:
+            heads.place_head(model, head, asked, set_active, loading_info, changes)
+        for loader in custom_weights_loaders or ():
+            loader.load(
+                str(folder), load_as=load_as, loading_info=loading_info, main_load_name=name, set_active=set_active
+            )
+    return name
+
+
+def _definition(full: Mapping[str, Any], file: Path) -> tuple[str, AdapterFusionConfig, list[str]]:
+    """The name, configuration and adapters of a fusion; before version 1.0 the name lists the adapters."""
+    name, config = full.get("name"), full.get("config")
+    if not isinstance(name, str) or not isinstance(config, dict):
+        raise CheckpointError(f"{str(file)!r}: 'name' or 'config' is not that of an AdapterFusion. Save it again.")
+    try:
+        return name, AdapterFusionConfig.from_dict(config), list(full.get("adapter_names") or name.split(","))
+    except (AdapterError, TypeError) as error:
+        raise CheckpointError(f"{str(file)!r}: 'config' cannot be used: {error}") from error

@@ -1,0 +1,101 @@
+"""What 1.x calls a tensor in its files, and where it lives in a model here.
+
+Live names are the same for every architecture (``<block>.output_adapters.adapters.NAME...``). 1.x's differ by family,
+and follow the module names of transformers 4. The table lists the differences only: a model type without a row has live
+names in its files.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import Tensor
+
+from ..sites import Site
+
+PARTS = ("q", "k", "v")
+"""The order in which 1.x concatenates the slices of a fused projection."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the file names of some model types differ from live names.
+
+    Attributes:
+        sublayers: The path of a sub-layer's containers, below its block, by ``role`` or ``stack/role``.
+        modules: Replacements, pattern by pattern, from transformers 5's module paths to 1.x's.
+        backbone: The top-level modules that are no head, where a model with a head has no base model of its own.
+    """
+
+    sublayers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    modules: tuple[tuple[str, str], ...] = ()
+    backbone: tuple[str, ...] = ()
+
+
+BERT = Family(
+    sublayers={
+        "self_attention": "attention.output",
+        "cross_attention": "crossattention.output",
+        "feed_forward": "output",
+    }
+)
+T5 = Family(
+    sublayers={
+        "self_attention": "layer.0",
+        "cross_attention": "layer.1",
+        "feed_forward": "layer.1",
+        "decoder/feed_forward": "layer.2",
+    },
+    backbone=("shared", "encoder", "decoder"),
+)
+V4_VISION_MODULES = (
+    (r"^layers\.", "encoder.layer."),
+    (r"\.attention\.q_proj$", ".attention.attention.query"),
+    (r"\.attention\.k_proj$", ".attention.attention.key"),
+    (r"\.attention\.v_proj$", ".attention.attention.value"),
+    (r"\.attention\.o_proj$", ".attention.output.dense"),
+    (r"\.attention\.prefix_tuning$", ".attention.attention.prefix_tuning"),
+    (r"\.mlp\.fc1$", ".intermediate.dense"),
+    (r"\.mlp\.fc2$", ".output.dense"),
+)
+PLAIN = Family()
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        ("bert", "bert-generation", "roberta", "xlm-roberta", "xmod", "electra", "deberta", "deberta-v2"), BERT
+    ),
+    "albert": Family(sublayers={"self_attention": "attention.attention_adapters"}),
+    "t5": T5,
+    "mt5": T5,
+    "vit": Family(sublayers={"feed_forward": "output.output_adapters"}, modules=V4_VISION_MODULES),
+    "beit": Family(modules=V4_VISION_MODULES),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a model type; the plain one if it has none."""
+    return FAMILIES.get(model_type, PLAIN)
+
+
+def container_path(model_type: str, site: Site) -> str:
+    """The path of a site's containers in files, relative to the base model.
+
+    The parts of a fused projection share one path.
+    """
+    family = family_of(model_type)
+    path = site.host_path if site.part else site.path
+    if site.kind == "sublayer":
+        below = family.sublayers.get(f"{site.stack}/{site.role}") or family.sublayers.get(site.role)
+        path = f"{site.layer_path}.{below}" if below else path
+    for pattern, replacement in family.modules:
+        path = re.sub(pattern, replacement, path)
+    return path
+
+
+def with_aliases(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of one adapter module, with the second name of a bottleneck's own norm at its input."""
+    if not any(name.startswith("adapter_down.1.") for name in parameters):
+        return {**parameters}
+    norm, alias = "adapter_down.0.", "adapter_norm_before."
+    again = {name.replace(norm, alias, 1): value for name, value in parameters.items() if name.startswith(norm)}
+    return {**parameters, **again}

@@ -1,0 +1,179 @@
+"""Putting what was read into a model, so that a failure leaves the model as it was."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..composition import Fuse
+from ..configuration import AdapterConfig
+from .weights import Fit, Slots, adapter_slots, fill, fusion_slots, renamed
+
+if TYPE_CHECKING:
+    from ..model import ModelAdaptersMixin
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C")
+Snapshot = dict[str, tuple[Tensor, ...]]
+REHEARSAL = "__rehearsal__"
+
+
+class Bearer(ABC, Generic[C]):
+    """What a checkpoint is put into: the adapters or the fusions of a model, by name."""
+
+    def __init__(self, model: "ModelAdaptersMixin") -> None:
+        self.model = model
+
+    @abstractmethod
+    def config(self, name: str) -> C | None:
+        """What defines the one of that name; None if there is none."""
+
+    @abstractmethod
+    def add(self, name: str, config: C) -> None:
+        """Makes a new one."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Removes one."""
+
+    @abstractmethod
+    def slots(self, name: str) -> Slots:
+        """Its tensors."""
+
+
+class Adapters(Bearer[AdapterConfig]):
+    """The adapters of a model."""
+
+    def config(self, name: str) -> AdapterConfig | None:
+        """The configuration of an adapter."""
+        return self.model.adapters_config.get(name)
+
+    def add(self, name: str, config: AdapterConfig) -> None:
+        """Makes a new adapter."""
+        self.model.add_adapter(name, config=config)
+
+    def delete(self, name: str) -> None:
+        """Removes an adapter."""
+        self.model.delete_adapter(name)
+
+    def slots(self, name: str) -> Slots:
+        """The tensors of an adapter."""
+        return adapter_slots(self.model, name)
+
+
+class Fusions(Bearer[tuple[AdapterConfig, list[str]]]):
+    """The fusions of a model, each defined by its configuration and the adapters it fuses."""
+
+    def config(self, name: str) -> tuple[AdapterConfig, list[str]] | None:
+        """The configuration and the adapters of a fusion."""
+        config, adapters = self.model.adapters_config.get_fusion(name)
+        return None if config is None else (config, list(adapters or ()))
+
+    def add(self, name: str, config: tuple[AdapterConfig, list[str]]) -> None:
+        """Makes a new fusion."""
+        self.model.add_adapter_fusion(Fuse(*config[1], name=name), config[0])
+
+    def delete(self, name: str) -> None:
+        """Removes a fusion."""
+        self.model.delete_adapter_fusion(name)
+
+    def slots(self, name: str) -> Slots:
+        """The tensors of a fusion."""
+        return fusion_slots(self.model, name)
+
+
+@contextmanager
+def all_or_nothing(model: "ModelAdaptersMixin", outer: ExitStack | None = None) -> Iterator[ExitStack]:
+    """Collects what takes a change of the model back, and does so if the block fails; `outer` may still do so later."""
+    with ExitStack() as undo:
+        undo.callback(remembered_activation(model))
+        yield undo
+        kept = undo.pop_all()
+        if outer is not None:
+            outer.push(kept)
+
+
+def place(bearer: Bearer[C], name: str, config: C, compare: Callable[[Slots], Fit], undo: ExitStack) -> Fit:
+    """Adds or overwrites `name` and fills it with what `compare` matches; closing `undo` takes it all back.
+
+    One that is there with an equal configuration keeps its parameters, which then hold other values: an optimizer may
+    know them. Else it is replaced.
+
+    Raises:
+        CheckpointError: `compare` found that the weights do not fit; the model is as it was.
+    """
+    present = bearer.config(name)
+    if present is None:
+        bearer.add(name, config)
+        undo.callback(bearer.delete, name)
+    else:
+        logger.warning("Overwriting existing %r.", name)
+        if present != config:
+            _replace(bearer, name, present, config, compare, undo)
+    slots = bearer.slots(name)
+    fit = compare(slots)
+    if present == config:
+        undo.callback(_restore, slots, _snapshot(slots))
+    fill(slots, fit.matched)
+    return fit
+
+
+def _replace(
+    bearer: Bearer[C], name: str, present: C, config: C, compare: Callable[[Slots], Fit], undo: ExitStack
+) -> None:
+    """Makes `name` anew with another configuration, once it is known that the weights will fit."""
+    bearer.add(REHEARSAL, config)
+    try:
+        compare(renamed(bearer.slots(REHEARSAL), REHEARSAL, name))
+    finally:
+        bearer.delete(REHEARSAL)
+    snapshot = _snapshot(bearer.slots(name))
+
+    def reinstate() -> None:
+        if bearer.config(name) is not None:
+            bearer.delete(name)
+        bearer.add(name, present)
+        _restore(bearer.slots(name), snapshot)
+
+    undo.callback(reinstate)
+    bearer.delete(name)
+    bearer.add(name, config)
+
+
+def _snapshot(slots: Mapping[str, tuple[Tensor, ...]]) -> Snapshot:
+    return {
+        key: tuple(part.detach().clone().requires_grad_(part.requires_grad) for part in parts)
+        for key, parts in slots.items()
+    }
+
+
+@torch.no_grad()
+def _restore(slots: Slots, snapshot: Snapshot) -> None:
+    for key, parts in slots.items():
+        for part, old in zip(parts, snapshot[key], strict=True):
+            part.copy_(old)
+            part.requires_grad_(old.requires_grad)
+
+
+def remembered_activation(model: "ModelAdaptersMixin") -> Callable[[], None]:
+    """A function that activates again what is active now: adapters, skipped layers, and heads with their labels."""
+    from .heads import is_flexible
+
+    adapters, skipped = model.active_adapters, model.adapters_config.skip_layers
+    labels: dict[str, Any] = {key: getattr(model.config, key) for key in ("label2id", "id2label")}
+    head = model.active_head if is_flexible(model) else None
+
+    def activate() -> None:
+        if model.active_adapters != adapters or model.adapters_config.skip_layers != skipped:
+            model.set_active_adapters(adapters, skipped)
+        if is_flexible(model):
+            model.active_head = head
+        for key, value in labels.items():
+            setattr(model.config, key, value)
+
+    return activate
