@@ -67,7 +67,6 @@ class _State(threading.local):
         self.forward: Forward | None = None
         self.setups: tuple[AdapterSetup, ...] = ()
         self.generating: SiteMap | None = None
-        self.kept: dict[int, Any] = {}
 
 
 state = _State()

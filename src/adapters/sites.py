@@ -242,8 +242,9 @@ class LinearSite(Site):
 class Kept(threading.local):
     """What one hook of a sub-layer keeps for the next, per thread; copies and pickles start empty."""
 
-    residual: Tensor | None = None
-    final: Tensor | None = None
+    def __init__(self) -> None:
+        self.residual: Tensor | None = None
+        self.final: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
