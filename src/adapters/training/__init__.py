@@ -1,0 +1,15 @@
+"""Training: the options of scripts, the model set up by them, trainers that save and resume adapters only."""
+
+from .arguments import AdapterArguments, setup_adapter_training
+from .legacy_arguments import AdapterTrainingArguments, Seq2SeqAdapterTrainingArguments
+from .trainer import AdapterTrainer, AdapterTrainerCallback, Seq2SeqAdapterTrainer
+
+__all__ = [
+    "AdapterArguments",
+    "AdapterTrainer",
+    "AdapterTrainerCallback",
+    "AdapterTrainingArguments",
+    "Seq2SeqAdapterTrainer",
+    "Seq2SeqAdapterTrainingArguments",
+    "setup_adapter_training",
+]

@@ -1,0 +1,87 @@
+"""What a trainer writes of a model and reads back: its adapters, fusions, heads and other trained weights."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..checkpoints.files import ADAPTER, FUSION, HEAD
+from ..composition import Block, Fuse, Setup
+from ..errors import CheckpointError, listing
+from ..heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
+from ..model import ModelAdaptersMixin
+
+OTHER_WEIGHTS = "trained_base_parameters.safetensors"
+"""Trained weights of the base model itself, such as embeddings; the file is there only if there are any."""
+
+
+def save_trained(model: ModelAdaptersMixin, folder: str, with_fusions: bool) -> None:
+    """Writes each adapter, each fusion if `with_fusions`, and each head into a folder of its name in `folder`."""
+    model.save_all_adapters(folder)
+    if with_fusions:
+        model.save_all_adapter_fusions(folder)
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+        model.save_all_heads(folder)
+    if others := _other_trained(model):
+        weights = {name: parameter.detach().contiguous() for name, parameter in others.items()}
+        save_file(weights, Path(folder) / OTHER_WEIGHTS, metadata={"format": "pt"})
+
+
+def load_trained(model: ModelAdaptersMixin, folder: str) -> None:
+    """Reads what `save_trained` wrote; what is active and what is trained stays as it is.
+
+    Raises:
+        CheckpointError: `folder` has no adapter, or lacks one that is active.
+    """
+    adapters, fusions, heads = (
+        [file.parent for file in sorted(Path(folder).glob(f"*/{kind.config}"))] for kind in (ADAPTER, FUSION, HEAD)
+    )
+    _require_active(model, folder, {path.name for path in adapters})
+    for path in adapters:
+        model.load_adapter(str(path))
+    for path in fusions:
+        model.load_adapter_fusion(str(path), with_head=False)
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+        active = model.active_head
+        for path in heads:
+            model.load_head(str(path))
+        model.active_head = active
+    _load_others(model, Path(folder) / OTHER_WEIGHTS)
+
+
+def fused(setup: Setup) -> bool:
+    """Whether there is a `Fuse` anywhere in the composition."""
+    return isinstance(setup, Block) and (isinstance(setup, Fuse) or any(map(fused, setup.children)))
+
+
+def _require_active(model: ModelAdaptersMixin, folder: str, saved: set[str]) -> None:
+    if not saved:
+        raise CheckpointError(
+            f"resume from {folder!r}: there is no adapter; it must be a checkpoint that an AdapterTrainer wrote. "
+            "Give a folder checkpoint-N of its output_dir."
+        )
+    active = set(model.active_adapters.flatten()) if model.active_adapters else set()
+    if missing := sorted(active - saved):
+        raise CheckpointError(
+            f"resume from {folder!r}: the active {listing(missing)} is not there, only {listing(sorted(saved))}; all "
+            "active adapters must be. Activate what was trained, or give the checkpoint of this training."
+        )
+
+
+def _other_trained(model: ModelAdaptersMixin) -> dict[str, nn.Parameter]:
+    """The trained parameters of the base model that no adapter and no fusion owns, by their names in the model."""
+    sites = model.adapter_sites
+    adapters = (module for name in model.adapters_config for _, module in sites.holding(name))
+    shared = (module for name in model.adapters_config for module in sites.shared(name).values())
+    owned = {id(p) for module in (*adapters, *shared, *sites.fusion_layers()) for p in module.parameters()}
+    inside = {id(p) for p in model.base_model.parameters() if p.requires_grad} - owned
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
+
+
+def _load_others(model: ModelAdaptersMixin, file: Path) -> None:
+    if file.is_file():
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in load_file(file).items():
+                parameters[name].copy_(value)
