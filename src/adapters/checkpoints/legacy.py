@@ -32,6 +32,7 @@ POOL_ALIAS = re.compile(r"(^|\.)prefix_tuning\.pool\.prefix_tunings\.")
 
 LIBRARY = "adapters."
 LORA_SCALING_FIXED = Version("1.1.0")
+GATED_LORA_SCALING_FIXED = Version("2.0.0.dev0")
 
 
 def upgraded_weights(weights: Weights) -> Weights:
@@ -85,20 +86,22 @@ def _flatten_invertible(config: dict[str, Any], full: Mapping[str, Any], weights
 
 
 def _fix_lora_scaling(config: dict[str, Any], full: Mapping[str, Any], file: Path) -> None:
-    """Before 1.1.0 the factor alpha / r was forgotten, so such a LoRA was trained with 1."""
+    """Before 1.1.0 the factor alpha / r was forgotten, with gating until 2.0: such a LoRA was trained with 1."""
     version = full.get("version", "")
-    if config.get("architecture") != "lora" or not version.startswith(LIBRARY):
+    gated = bool(config.get("use_gating"))
+    if config.get("architecture") != "lora" or not (gated or version.startswith(LIBRARY)):
         return
     try:
-        faulty = Version(version.removeprefix(LIBRARY)) < LORA_SCALING_FIXED
+        written = Version(version.removeprefix(LIBRARY) or "0")
+        faulty = written < (GATED_LORA_SCALING_FIXED if gated else LORA_SCALING_FIXED)
     except InvalidVersion as error:
         raise CheckpointError(
             f"{str(file)!r}: 'version' is {version!r}; it must read like 'adapters.1.3.0'."
         ) from error
     if faulty and config.get("r") != config.get("alpha"):
         warnings.warn(
-            f"{str(file)!r}: {version}, which wrote this LoRA, ignored alpha; alpha is set to r = {config.get('r')}, "
-            "so that it computes what it was trained for.",
+            f"{str(file)!r}: {version or 'the version'}, which wrote this LoRA, ignored alpha; alpha is set to "
+            f"r = {config.get('r')}, so that it computes what it was trained for.",
             stacklevel=7,
         )
         config["alpha"] = config.get("r")
