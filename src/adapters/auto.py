@@ -28,7 +28,7 @@ from .errors import AdapterError, listing
 from .heads.language_modeling import CausalLMHead
 from .heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
 from .heads.registry import offered_head_types
-from .wrap import _generate, _prepare_encoder, in_forward_context
+from .wrap import _generate, in_forward_context
 
 SUFFIX = "AdapterModel"
 # Encoder-decoders first: transformers also has a causal language model of the decoder of some of them.
@@ -113,7 +113,7 @@ def adapter_model_class(config_class: type[PreTrainedConfig]) -> type[PreTrained
     if encoder_decoder:
         namespace["prepare_decoder_input_ids_from_labels"] = _shift(language_model)
     if generation:
-        namespace |= {"generation": generation, "_prepare_encoder_decoder_kwargs_for_generation": _prepare_encoder}
+        namespace["generation"] = generation
     bases = (GenerativeAdapterModel, abstract, generation) if generation else (FlexibleAdapterModel, abstract)
     return type(name, bases, namespace)
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -667,3 +668,43 @@ def test_parallel_generation_equals_separate_generation(name):
         separate.append(model.generate(**prompt, **settings))
     model.set_active_adapters(ac.Parallel("a", "b"))
     assert torch.equal(model.generate(**prompt, **settings), torch.cat(separate))
+
+
+def test_beams_keep_to_the_head_of_their_row():
+    model, _ = with_lm_head("gpt2")
+    for adapter in ("a", "b"):
+        model.add_adapter(adapter, "lora[init_weights='bert']")
+        model.add_prediction_head_from_config(adapter, model.heads["lm"].config)
+    tokens = torch.randint(3, VOCABULARY, (2, 4), generator=torch.Generator().manual_seed(4))
+    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    separate = []
+    for row, adapter in enumerate(("a", "b")):
+        model.set_active_adapters(adapter)
+        separate.append(model.generate(tokens[row : row + 1], **settings))
+    model.set_active_adapters(ac.BatchSplit("a", "b", batch_sizes=[1, 1]))
+    assert torch.equal(model.generate(tokens, **settings), torch.cat(separate))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_generate_takes_the_head_as_forward_does(name):
+    model, _ = with_lm_head(name)
+    prompt = {key: value[:1] for key, value in batch(name).items()}
+    expected = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    model.add_classification_head("c")
+    assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False, head="lm"), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_complete_and_independent(copied):
+    model = with_adapters()
+    model.add_masked_lm_head("mlm")
+    model.set_active_adapters("a")
+    expected = model(**batch("bert")).logits
+    again = copied(model)
+    assert torch.equal(again(**batch("bert")).logits, expected)
+    assert (
+        again.heads["mlm"][3].weight is again.get_input_embeddings().weight is not model.get_input_embeddings().weight
+    )
+    again.delete_head("a")
+    again.delete_adapter("a")
+    assert torch.equal(model(**batch("bert")).logits, expected) and "a" in model.config.prediction_heads
