@@ -6,12 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel, HfArgumentParser, TrainingArguments
+from safetensors.torch import save_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
 
 from adapters import AutoAdapterModel
 from adapters.errors import AdapterError
 from adapters.trainer import AdapterTrainer
 from adapters.training import AdapterArguments, AdapterTrainingArguments, setup_adapter_training
+from adapters.training.checkpoint import OTHER_WEIGHTS
 
 CONFIG = BertConfig(
     vocab_size=20,
@@ -79,7 +88,7 @@ def test_a_model_that_was_never_initialised(tmp_path: Path):
 def test_nothing_active(how: str, tmp_path: Path):
     made = model()
     made.add_adapter("task")
-    with pytest.raises(AdapterError, match=r"no adapter is active.*'task'.*train_adapter"):
+    with pytest.raises(AdapterError, match=r"Expected a model with an active adapter setup.*'task'.*train_adapter"):
         AdapterTrainer(**{how: made if how == "model" else lambda: made}, args=arguments(tmp_path))
 
 
@@ -101,7 +110,7 @@ def trained() -> Any:
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path):
-    with pytest.raises(AdapterError, match=r"no adapter.*checkpoint"):
+    with pytest.raises(AdapterError, match=r"Can't find a valid checkpoint.*no adapter"):
         AdapterTrainer(trained(), arguments(tmp_path), train_dataset=ROWS).train(resume_from_checkpoint=str(tmp_path))
 
 
@@ -120,6 +129,32 @@ def test_a_checkpoint_of_other_adapters(tmp_path: Path):
     with pytest.raises(AdapterError, match=r"'task'.*'other'"):
         AdapterTrainer(made, arguments(tmp_path), train_dataset=ROWS).train(resume_from_checkpoint=str(tmp_path))
     assert made.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("broken", ["task/adapter.safetensors", "head/model_head.safetensors", OTHER_WEIGHTS])
+def test_a_checkpoint_that_breaks_off_leaves_the_model(broken: str, tmp_path: Path):
+    def make(seed: int) -> Any:
+        set_seed(seed)
+        made = model()
+        made.add_classification_head("head", num_labels=3)
+        made.add_adapter("first", "lora[init_weights='bert']")
+        made.add_adapter("task")
+        made.train_adapter("task", train_embeddings=True)
+        return made
+
+    AdapterTrainer(make(0), arguments(tmp_path)).save_model()
+    content = (tmp_path / broken).read_bytes()
+    if broken == OTHER_WEIGHTS:
+        save_file({"bert.embeddings.word_embeddings.weight": torch.zeros(3, 8)}, tmp_path / broken)
+    else:
+        (tmp_path / broken).write_bytes(content[:-9])
+    made = make(1)
+    before, active = copy.deepcopy(made.state_dict()), (made.active_head, made.active_adapters)
+    with pytest.raises(AdapterError):
+        AdapterTrainer(made, arguments(tmp_path), train_dataset=ROWS).train(resume_from_checkpoint=str(tmp_path))
+    after = made.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+    assert (made.active_head, made.active_adapters) == active
 
 
 def test_an_output_folder_with_content(tmp_path: Path):

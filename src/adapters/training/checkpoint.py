@@ -6,7 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..checkpoints.adapterhub import load_adapter
 from ..checkpoints.files import ADAPTER, FUSION, HEAD
+from ..checkpoints.fusion import load_adapter_fusion
+from ..checkpoints.heads import load_head
+from ..checkpoints.placing import all_or_nothing
 from ..composition import Block, Fuse, Setup
 from ..errors import CheckpointError, listing
 from ..heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
@@ -32,22 +36,22 @@ def load_trained(model: ModelAdaptersMixin, folder: str) -> None:
     """Reads what `save_trained` wrote; what is active and what is trained stays as it is.
 
     Raises:
-        CheckpointError: `folder` has no adapter, or lacks one that is active.
+        CheckpointError: `folder` has no adapter or lacks one that is active, or a file does not fit; the model is left
+            as it was.
     """
-    adapters, fusions, heads = (
+    saved_adapters, saved_fusions, saved_heads = (
         [file.parent for file in sorted(Path(folder).glob(f"*/{kind.config}"))] for kind in (ADAPTER, FUSION, HEAD)
     )
-    _require_active(model, folder, {path.name for path in adapters})
-    for path in adapters:
-        model.load_adapter(str(path))
-    for path in fusions:
-        model.load_adapter_fusion(str(path), with_head=False)
-    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
-        active = model.active_head
-        for path in heads:
-            model.load_head(str(path))
-        model.active_head = active
-    _load_others(model, Path(folder) / OTHER_WEIGHTS)
+    _require_active(model, folder, {path.name for path in saved_adapters})
+    flexible = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
+    with all_or_nothing(model) as changes:
+        for path in saved_adapters:
+            load_adapter(model, path, with_head=not flexible, undo=changes)
+        for path in saved_fusions:
+            load_adapter_fusion(model, path, with_head=False, undo=changes)
+        for path in saved_heads if flexible else ():
+            load_head(model, path, set_active=False, undo=changes)
+        _load_others(model, Path(folder) / OTHER_WEIGHTS)
 
 
 def fused(setup: Setup) -> bool:
@@ -58,7 +62,7 @@ def fused(setup: Setup) -> bool:
 def _require_active(model: ModelAdaptersMixin, folder: str, saved: set[str]) -> None:
     if not saved:
         raise CheckpointError(
-            f"resume from {folder!r}: there is no adapter; it must be a checkpoint that an AdapterTrainer wrote. "
+            f"Can't find a valid checkpoint at {folder!r}: it has no adapter; it must be what an AdapterTrainer wrote. "
             "Give a folder checkpoint-N of its output_dir."
         )
     active = set(model.active_adapters.flatten()) if model.active_adapters else set()
@@ -80,8 +84,14 @@ def _other_trained(model: ModelAdaptersMixin) -> dict[str, nn.Parameter]:
 
 
 def _load_others(model: ModelAdaptersMixin, file: Path) -> None:
-    if file.is_file():
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in load_file(file).items():
-                parameters[name].copy_(value)
+    if not file.is_file():
+        return
+    parameters, saved = dict(model.named_parameters()), load_file(file)
+    if misfits := [name for name in saved if name not in parameters or parameters[name].shape != saved[name].shape]:
+        raise CheckpointError(
+            f"resume from {str(file.parent)!r}: {misfits[0]!r} is not in this model or has another shape; it must be "
+            "the model that was trained. Load that one."
+        )
+    with torch.no_grad():
+        for name, value in saved.items():
+            parameters[name].copy_(value)

@@ -107,8 +107,8 @@ class AdapterTrainer(Trainer):
             model.set_active_adapters(self._adapter_names)
         if model.active_adapters is None:
             raise AdapterError(
-                f"{asked}: no adapter is active, the model has {listing(model.adapters_config)}; the one to train must "
-                "be. Call train_adapter(name), or use transformers' Trainer to train the full model."
+                f"{asked}: Expected a model with an active adapter setup, of {listing(model.adapters_config)} none is; "
+                "the one to train must be. Call train_adapter(name), or use transformers' Trainer for the full model."
             )
         # Trainer takes a quantized model only if PEFT adapts it; it looks while it is being made, and never again.
         if self._posing is not None and vars(model).get("is_quantized"):
