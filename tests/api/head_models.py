@@ -3,6 +3,8 @@
 import torch
 from transformers import (
     AlbertConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
     DistilBertConfig,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from adapters import AutoAdapterModel
+from adapters.heads.model_mixin import MODEL_HEAD_MAP
 
 torch.set_num_threads(1)  # tiny models only lose by more
 
@@ -65,3 +68,65 @@ def batch(name: str, rows: int = 2, length: int = 6) -> dict[str, torch.Tensor]:
     if name in ENCODER_DECODERS:
         tokens[-1, 3] = EOS
     return {"input_ids": tokens, "attention_mask": mask}
+
+
+ADD = {
+    "classification": lambda model, name: model.add_classification_head(name, num_labels=3),
+    "multilabel_classification": lambda model, name: model.add_classification_head(name, num_labels=3, multilabel=True),
+    "multiple_choice": lambda model, name: model.add_multiple_choice_head(name, num_choices=2),
+    "tagging": lambda model, name: model.add_tagging_head(name, num_labels=3),
+    "question_answering": lambda model, name: model.add_qa_head(name),
+    "image_classification": lambda model, name: model.add_image_classification_head(name, num_labels=3),
+    "masked_lm": lambda model, name: model.add_masked_lm_head(name),
+    "causal_lm": lambda model, name: model.add_causal_lm_head(name),
+    "seq2seq_lm": lambda model, name: model.add_seq2seq_lm_head(name),
+}
+LABELS = {
+    "classification": {"labels": torch.tensor([0, 2])},
+    "multilabel_classification": {"labels": torch.tensor([[0, 1, 1], [1, 0, 0]])},
+    "multiple_choice": {"labels": torch.tensor([1])},
+    "tagging": {"labels": torch.tensor([[0, 1, 2, -100, 1, 0], [2, 2, 1, 0, 1, 1]])},
+    "question_answering": {"start_positions": torch.tensor([1, 0]), "end_positions": torch.tensor([[2], [9]])},
+    "image_classification": {"labels": torch.tensor([0, 2])},
+    "masked_lm": {"labels": torch.tensor([[-100, 5, -100, -100, 7, -100], [4, -100, -100, -100, -100, -100]])},
+    "causal_lm": {"labels": torch.tensor([[3, 5, 9, 6, 7, 8], [4, 3, 3, 5, -100, -100]])},
+    "seq2seq_lm": {"labels": torch.tensor([[3, 5, 9], [4, 2, -100]])},
+}
+OFFERED = [(name, kind) for name in CONFIGS for kind in adapter_model(name).head_types]
+
+
+def two_heads(name: str = "bert"):
+    model = adapter_model(name)
+    model.add_classification_head("a", num_labels=2)
+    model.add_classification_head("b", num_labels=3)
+    return model
+
+
+def with_adapters(name: str = "bert"):
+    """A model with two adapters that change its outputs, and a head of each name."""
+    model = two_heads(name)
+    for adapter in ("a", "b"):
+        model.add_adapter(adapter, "lora")
+    generator = torch.Generator().manual_seed(2)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            parameter.data.normal_(0, 0.5, generator=generator)
+    model.set_active_adapters(None)
+    return model
+
+
+def with_lm_head(name: str):
+    """An adapter model and the static language model of the same weights."""
+    auto = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
+    model, static = adapter_model(name), auto.from_config(config(name)).eval()
+    if name in ENCODER_DECODERS:
+        model.add_seq2seq_lm_head("lm")
+    else:
+        model.add_causal_lm_head("lm", layers=1, activation_function=None)
+        model.delete_head("lm")
+        model.add_prediction_head(MODEL_HEAD_MAP["causal_lm"](model, "lm"))
+    prefix = f"{static.base_model_prefix}."
+    weights = {key.removeprefix(prefix): value for key, value in static.state_dict().items()}
+    model.base_model.load_state_dict({key: weights[key] for key in model.base_model.state_dict()})
+    model.heads["lm"].get_output_embeddings().weight.data.copy_(static.get_output_embeddings().weight)
+    return model, static

@@ -2,56 +2,33 @@
 
 import copy
 import inspect
-import pickle
 
 import pytest
 import torch
 from head_models import (
+    ADD,
     CONFIGS,
     DECODERS,
     ENCODER_DECODERS,
     ENCODERS,
     EOS,
+    LABELS,
+    OFFERED,
     PAD,
     TEXT_MODELS,
     VOCABULARY,
     adapter_model,
     batch,
-    config,
+    two_heads,
 )
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import adapters.composition as ac
-from adapters import AdapterSetup, AutoAdapterModel
+from adapters import AdapterSetup
 from adapters.heads import MultiHeadOutput, PredictionHead
 from adapters.heads.model_mixin import MODEL_HEAD_MAP
-
-ADD = {
-    "classification": lambda model, name: model.add_classification_head(name, num_labels=3),
-    "multilabel_classification": lambda model, name: model.add_classification_head(name, num_labels=3, multilabel=True),
-    "multiple_choice": lambda model, name: model.add_multiple_choice_head(name, num_choices=2),
-    "tagging": lambda model, name: model.add_tagging_head(name, num_labels=3),
-    "question_answering": lambda model, name: model.add_qa_head(name),
-    "image_classification": lambda model, name: model.add_image_classification_head(name, num_labels=3),
-    "masked_lm": lambda model, name: model.add_masked_lm_head(name),
-    "causal_lm": lambda model, name: model.add_causal_lm_head(name),
-    "seq2seq_lm": lambda model, name: model.add_seq2seq_lm_head(name),
-}
-LABELS = {
-    "classification": {"labels": torch.tensor([0, 2])},
-    "multilabel_classification": {"labels": torch.tensor([[0, 1, 1], [1, 0, 0]])},
-    "multiple_choice": {"labels": torch.tensor([1])},
-    "tagging": {"labels": torch.tensor([[0, 1, 2, -100, 1, 0], [2, 2, 1, 0, 1, 1]])},
-    "question_answering": {"start_positions": torch.tensor([1, 0]), "end_positions": torch.tensor([[2], [9]])},
-    "image_classification": {"labels": torch.tensor([0, 2])},
-    "masked_lm": {"labels": torch.tensor([[-100, 5, -100, -100, 7, -100], [4, -100, -100, -100, -100, -100]])},
-    "causal_lm": {"labels": torch.tensor([[3, 5, 9, 6, 7, 8], [4, 3, 3, 5, -100, -100]])},
-    "seq2seq_lm": {"labels": torch.tensor([[3, 5, 9], [4, 2, -100]])},
-}
-OFFERED = [(name, kind) for name in CONFIGS for kind in adapter_model(name).head_types]
 
 
 def inputs_for(name: str, kind: str) -> dict[str, torch.Tensor]:
@@ -224,13 +201,6 @@ def test_decoder_inputs_of_another_length_are_read_at_their_end(name):
 # --- active heads and dispatch -------------------------------------------------------------------------------------
 
 
-def two_heads(name: str = "bert"):
-    model = adapter_model(name)
-    model.add_classification_head("a", num_labels=2)
-    model.add_classification_head("b", num_labels=3)
-    return model
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_without_a_head_the_base_output_comes_back(name):
     model = adapter_model(name)
@@ -399,98 +369,6 @@ def test_a_head_made_by_hand_can_be_added():
     assert model.heads["hand"] is head and model.active_head is None
 
 
-# --- language models -----------------------------------------------------------------------------------------------
-
-LM_HEADS = [(n, k) for n, k in OFFERED if k in ("masked_lm", "causal_lm", "seq2seq_lm")]
-# transformers itself does not save a resized BART with untied weights completely.
-TIES = [(n, k, tie) for n, k in LM_HEADS for tie in (True, False) if (n, tie) != ("bart", False)]
-
-
-@pytest.mark.parametrize(("name", "kind", "tie"), TIES)
-def test_lm_heads_are_tied_resized_saved_and_loaded(name, kind, tie, tmp_path):
-    settings = config(name)
-    settings.tie_word_embeddings = tie
-    model = AutoAdapterModel.from_config(settings).eval()
-    ADD[kind](model, "lm")
-    ADD["classification"](model, "c")  # the active head is another one
-    model.resize_token_embeddings(VOCABULARY + 5)
-    inputs = batch(name)
-    for found in (model, copy.deepcopy(model)):
-        output, embeddings = found.heads["lm"].get_output_embeddings(), found.get_input_embeddings()
-        assert (output.weight is embeddings.weight) is tie
-        assert (
-            output.out_features == embeddings.num_embeddings == found.heads["lm"].config["vocab_size"] == VOCABULARY + 5
-        )
-        assert output.bias is None or len(output.bias) == VOCABULARY + 5
-    logits = model(**inputs, head="lm").logits
-    assert logits.shape[-1] == VOCABULARY + 5 and model(**inputs, **LABELS[kind], head="lm").loss.isfinite()
-    model.save_pretrained(tmp_path)
-    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert (again.heads["lm"].get_output_embeddings().weight is again.get_input_embeddings().weight) is tie
-    assert torch.equal(again(**inputs, head="lm").logits, logits)
-
-
-def test_a_second_lm_head_and_a_deleted_one_leave_the_ties_right():
-    model = adapter_model("bert")
-    model.add_masked_lm_head("with-dash+plus")
-    model.add_causal_lm_head("b", layers=3)
-    assert set(model.all_tied_weights_keys) == {"heads.with-dash+plus.3.weight", "heads.b.6.weight"}
-    fresh = nn.Embedding(VOCABULARY, 16)
-    model.set_input_embeddings(fresh)
-    model.tie_weights()
-    assert model.heads["b"][6].weight is fresh.weight is model.heads["with-dash+plus"][3].weight
-    model.delete_head("b")
-    assert set(model.all_tied_weights_keys) == {"heads.with-dash+plus.3.weight"}
-
-
-def test_output_embeddings_are_the_active_heads():
-    model = adapter_model("bert")
-    assert model.get_output_embeddings() is None
-    model.add_masked_lm_head("lm")
-    model.add_classification_head("c")
-    assert model.get_output_embeddings() is None
-    model.active_head = ["lm", "c"]
-    assert model.get_output_embeddings() == [model.heads["lm"][3], None]
-    model.active_head = "lm"
-    new = nn.Linear(16, 7)
-    model.set_output_embeddings(new)
-    assert model.get_output_embeddings() is new and model.heads["lm"].config["vocab_size"] == 7
-
-
-def with_lm_head(name: str):
-    """An adapter model and the static language model of the same weights."""
-    auto = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
-    model, static = adapter_model(name), auto.from_config(config(name)).eval()
-    if name in ENCODER_DECODERS:
-        model.add_seq2seq_lm_head("lm")
-    else:
-        model.add_causal_lm_head("lm", layers=1, activation_function=None)
-        model.delete_head("lm")
-        model.add_prediction_head(MODEL_HEAD_MAP["causal_lm"](model, "lm"))
-    prefix = f"{static.base_model_prefix}."
-    weights = {key.removeprefix(prefix): value for key, value in static.state_dict().items()}
-    model.base_model.load_state_dict({key: weights[key] for key in model.base_model.state_dict()})
-    model.heads["lm"].get_output_embeddings().weight.data.copy_(static.get_output_embeddings().weight)
-    return model, static
-
-
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
-def test_lm_heads_equal_the_static_language_model_and_generate(name):
-    model, static = with_lm_head(name)
-    inputs, kind = batch(name), "seq2seq_lm" if name in ENCODER_DECODERS else "causal_lm"
-    ours, theirs = model(**inputs, **LABELS[kind]), static(**inputs, **LABELS[kind])
-    torch.testing.assert_close(ours.logits, theirs.logits)
-    torch.testing.assert_close(ours.loss, theirs.loss)
-    prompt = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    expected = static.generate(**prompt, **settings)
-    assert torch.equal(model.generate(**prompt, **settings), expected)
-    assert torch.equal(model.generate(**prompt, **settings, use_cache=False), expected)
-    beams = dict(settings, num_beams=3)
-    assert torch.equal(model.generate(**prompt, **beams), static.generate(**prompt, **beams))
-
-
 # --- what the Trainer and torch need -------------------------------------------------------------------------------
 
 
@@ -513,198 +391,9 @@ def test_inputs_may_be_positional(name):
     assert torch.equal(model(*positional, **kept).logits, expected)
 
 
-def test_adapter_to_moves_the_head_of_the_same_name():
-    model = two_heads()
-    model.add_adapter("a")
-    model.adapter_to("a", dtype=torch.float64)
-    assert {p.dtype for p in model.heads["a"].parameters()} == {torch.float64}
-    assert {p.dtype for p in model.heads["b"].parameters()} == {torch.float32}
-
-
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_heads_compile_without_a_graph_break(name):
     model = adapter_model(name)
     model.add_classification_head("h")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**batch(name)).logits, model(**batch(name)).logits)
-
-
-# --- with adapters -------------------------------------------------------------------------------------------------
-
-
-def with_adapters(name: str = "bert"):
-    """A model with two adapters that change its outputs, and a head of each name."""
-    model = two_heads(name)
-    for adapter in ("a", "b"):
-        model.add_adapter(adapter, "lora")
-    generator = torch.Generator().manual_seed(2)
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            parameter.data.normal_(0, 0.5, generator=generator)
-    model.set_active_adapters(None)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("setup", "heads"),
-    [
-        (lambda: "a", "a"),
-        (lambda: ac.Stack("b", "a"), "a"),
-        (lambda: ac.Parallel("a", "b"), ["a", "b"]),
-        (lambda: ac.BatchSplit("a", "b", batch_sizes=[1, 1]), ac.BatchSplit("a", "b", batch_sizes=[1, 1])),
-        (lambda: ac.Average("a", "a"), "b"),
-        (lambda: "headless", "b"),
-        (lambda: ac.Parallel("a", "headless"), "b"),
-        (lambda: None, "b"),
-    ],
-)
-def test_set_active_adapters_switches_the_heads_it_finds(setup, heads):
-    model = with_adapters()
-    model.add_adapter("headless", "lora")
-    model.active_head = "b"
-    model.set_active_adapters(setup())
-    assert model.active_head == heads
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart"])
-@pytest.mark.parametrize("by_context", [False, True])
-def test_parallel_equals_separate_runs(name, by_context):
-    model = with_adapters(name)
-    inputs, labels = batch(name), torch.tensor([1, 0])
-    separate = []
-    for adapter in ("a", "b"):
-        model.set_active_adapters(adapter)
-        separate.append(model(**inputs, labels=labels))
-    assert not torch.allclose(separate[0].logits, separate[1].logits[:, :2], atol=1e-3)
-    setup = ac.Parallel("a", "b")
-    if by_context:
-        model.set_active_adapters(None)
-        with AdapterSetup(setup):
-            output = model(**inputs, labels=labels)
-    else:
-        model.set_active_adapters(setup)
-        output = model(**inputs, labels=labels)
-    for part, expected in zip(output, separate, strict=True):
-        torch.testing.assert_close(part.logits, expected.logits, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(part.loss, expected.loss, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(output["loss"], separate[0].loss + separate[1].loss, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
-def test_batch_split_of_adapters_and_heads_equals_separate_runs(name):
-    model = with_adapters(name)
-    inputs = batch(name, rows=3)
-    model.set_active_adapters(ac.BatchSplit("a", "b", batch_sizes=[1, 2]))
-    output = model(**inputs, labels=torch.tensor([1, 0, 2]))
-    for part, adapter, rows in zip(output, ("a", "b"), (slice(0, 1), slice(1, 3)), strict=True):
-        model.set_active_adapters(adapter)
-        expected = model(**{key: value[rows] for key, value in inputs.items()})
-        torch.testing.assert_close(part.logits, expected.logits, atol=1e-5, rtol=1e-4)
-
-
-def test_parallel_adapters_need_as_many_heads():
-    model = with_adapters()
-    model.set_active_adapters(ac.Parallel("a", "b"))
-    model.active_head = "a"
-    with pytest.raises(ValueError, match=r"parallel adapters \(2\).*active heads \(1\) must match"):
-        model(**batch("bert"))
-
-
-def test_an_adapter_setup_with_a_head_that_is_missing_keeps_the_active_one():
-    model = with_adapters()
-    model.add_adapter("headless", "lora")
-    with AdapterSetup("headless"):
-        assert model(**batch("bert")).logits.shape == (2, 3)
-    with AdapterSetup("a"):
-        assert model(**batch("bert")).logits.shape == (2, 2)
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
-def test_training_an_adapter_trains_its_head_but_no_output_embeddings(name):
-    model = with_adapters(name)
-    ADD["seq2seq_lm" if name == "t5" else "causal_lm"](model, "lm")
-    model.active_head = "lm"
-    model.train_adapter("a")
-    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(parameter.requires_grad for parameter in model.heads["a"].parameters())
-    assert not model.heads["lm"].get_output_embeddings().weight.requires_grad
-    assert not [key for key in trainable if not key.startswith("heads.") and ".a." not in key]
-
-
-@pytest.mark.parametrize("name", TEXT_MODELS)
-def test_models_come_back_with_adapters_and_heads(name, tmp_path):
-    model = with_adapters(name)
-    model.save_pretrained(tmp_path)
-    again = AutoAdapterModel.from_pretrained(tmp_path)
-    assert set(again.adapters_config.adapters) == {"a", "b"} and again.active_adapters is None
-    for adapter in ("a", "b"):
-        model.set_active_adapters(adapter)
-        again.set_active_adapters(adapter)
-        assert again.active_head == adapter
-        assert torch.equal(again(**batch(name)).logits, model(**batch(name)).logits)
-
-
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
-def test_generation_with_an_adapter_is_the_same_with_and_without_cache(name):
-    model, _ = with_lm_head(name)
-    model.add_adapter("a", "lora[init_weights='bert']")
-    model.set_active_adapters("a")
-    prompt = {key: value[:1] for key, value in batch(name).items()}
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(**prompt, **settings), model.generate(**prompt, **settings, use_cache=False))
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bart"])
-def test_parallel_generation_equals_separate_generation(name):
-    model, _ = with_lm_head(name)
-    for adapter in ("a", "b"):
-        model.add_adapter(adapter, "lora[init_weights='bert']")
-        model.add_prediction_head_from_config(adapter, model.heads["lm"].config)
-    prompt = {key: value[:1] for key, value in batch(name).items()}
-    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    separate = []
-    for adapter in ("a", "b"):
-        model.set_active_adapters(adapter)
-        separate.append(model.generate(**prompt, **settings))
-    model.set_active_adapters(ac.Parallel("a", "b"))
-    assert torch.equal(model.generate(**prompt, **settings), torch.cat(separate))
-
-
-def test_beams_keep_to_the_head_of_their_row():
-    model, _ = with_lm_head("gpt2")
-    for adapter in ("a", "b"):
-        model.add_adapter(adapter, "lora[init_weights='bert']")
-        model.add_prediction_head_from_config(adapter, model.heads["lm"].config)
-    tokens = torch.randint(3, VOCABULARY, (2, 4), generator=torch.Generator().manual_seed(4))
-    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "eos_token_id": None}
-    separate = []
-    for row, adapter in enumerate(("a", "b")):
-        model.set_active_adapters(adapter)
-        separate.append(model.generate(tokens[row : row + 1], **settings))
-    model.set_active_adapters(ac.BatchSplit("a", "b", batch_sizes=[1, 1]))
-    assert torch.equal(model.generate(tokens, **settings), torch.cat(separate))
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bart"])
-def test_generate_takes_the_head_as_forward_does(name):
-    model, _ = with_lm_head(name)
-    prompt = {key: value[:1] for key, value in batch(name).items()}
-    expected = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    model.add_classification_head("c")
-    assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False, head="lm"), expected)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_complete_and_independent(copied):
-    model = with_adapters()
-    model.add_masked_lm_head("mlm")
-    model.set_active_adapters("a")
-    expected = model(**batch("bert")).logits
-    again = copied(model)
-    assert torch.equal(again(**batch("bert")).logits, expected)
-    assert (
-        again.heads["mlm"][3].weight is again.get_input_embeddings().weight is not model.get_input_embeddings().weight
-    )
-    again.delete_head("a")
-    again.delete_adapter("a")
-    assert torch.equal(model(**batch("bert")).logits, expected) and "a" in model.config.prediction_heads
