@@ -91,7 +91,10 @@ class PrefixGroup(nn.Module):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._compute(index)
-        stamp = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        parameters = list(self.parameters())
+        if any(parameter.is_inference() for parameter in parameters):  # these have no version, a change is not seen
+            return self._compute(index)
+        stamp = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
         if stamp != self._kept_for:
             self._kept, self._kept_for = {}, stamp
         if index not in self._kept:
