@@ -27,7 +27,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "heads": (
         "BertStyleMaskedLMHead", "CausalLMHead", "ClassificationHead", "ModelWithFlexibleHeadsAdaptersMixin",
-        "MultiHeadOutput", "MultiLabelClassificationHead", "PredictionHead", "TaggingHead",
+        "MultiHeadOutput", "MultiLabelClassificationHead", "MultipleChoiceHead", "PredictionHead",
+        "QuestionAnsweringHead", "Seq2SeqLMHead", "TaggingHead",
     ),
     "auto": ("ADAPTER_MODEL_MAPPING", "AutoAdapterModel"),
     "training": ("AdapterArguments", "setup_adapter_training"),

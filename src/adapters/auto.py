@@ -28,7 +28,7 @@ from .errors import AdapterError, listing
 from .heads.language_modeling import CausalLMHead
 from .heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
 from .heads.registry import offered_head_types
-from .wrap import _generate, in_forward_context
+from .wrap import generation_methods, in_forward_context
 
 SUFFIX = "AdapterModel"
 # Encoder-decoders first: transformers also has a causal language model of the decoder of some of them.
@@ -64,7 +64,7 @@ class FlexibleAdapterModel(ModelWithFlexibleHeadsAdaptersMixin):
 class GenerativeAdapterModel(FlexibleAdapterModel):
     """An ``XAdapterModel`` that generates while a language modeling head is active."""
 
-    generation: ClassVar[type[GenerationMixin]]
+    generate_in_context: Callable[..., Any]
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generates tokens with the active causal or sequence-to-sequence language modeling head.
@@ -83,7 +83,7 @@ class GenerativeAdapterModel(FlexibleAdapterModel):
                 f"generate: the heads in use are {listing(plan.names)}; generation needs a causal_lm or seq2seq_lm "
                 "head. Add one with add_causal_lm_head or add_seq2seq_lm_head, or set active_head."
             )
-        return _generate(self.generation)(self, inputs, *args, **kwargs)
+        return self.generate_in_context(inputs, *args, **kwargs)
 
 
 @cache
@@ -113,7 +113,8 @@ def adapter_model_class(config_class: type[PreTrainedConfig]) -> type[PreTrained
     if encoder_decoder:
         namespace["prepare_decoder_input_ids_from_labels"] = _shift(language_model)
     if generation:
-        namespace["generation"] = generation
+        methods = generation_methods(generation)
+        namespace |= {"generate_in_context": methods.pop("generate"), **methods}
     bases = (GenerativeAdapterModel, abstract, generation) if generation else (FlexibleAdapterModel, abstract)
     return type(name, bases, namespace)
 

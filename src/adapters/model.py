@@ -249,7 +249,7 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         Example:
             >>> model.train_adapter("sst-2")
         """
-        self.set_active_adapters(adapter_setup)
+        ModelAdaptersMixin.set_active_adapters(self, adapter_setup)
         self.train()
         self.freeze_model(True)
         for name in self.active_adapters.flatten() if self.active_adapters else ():

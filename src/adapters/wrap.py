@@ -109,10 +109,7 @@ def adapted_class(cls: type) -> type:
     if cls not in _CLASSES:
         namespace: dict[str, Any] = {**_names(cls), "forward": in_forward_context(cls.forward), "_plain_class": cls}  # type: ignore[attr-defined]
         if issubclass(cls, GenerationMixin):
-            namespace |= {
-                "generate": _generate(cls),
-                "_prepare_encoder_decoder_kwargs_for_generation": _prepare_encoder,
-            }
+            namespace |= generation_methods(cls)
         _CLASSES[cls] = type(cls.__name__, (Swapped, cls), namespace)
     return _CLASSES[cls]
 
@@ -284,6 +281,16 @@ def _plain(records: Any) -> Any:
     }
 
 
+ENCODER_STEPS = ("_maybe_prepare_encoder_kwargs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation")
+"""How generation calls the encoder: the name since transformers 5.22, and the one before."""
+
+
+def generation_methods(cls: Any) -> dict[str, Callable[..., Any]]:
+    """The methods of a class that generates, with contexts around them: ``generate``, and its step for the encoder."""
+    steps = {name: _encoder_step(getattr(cls, name)) for name in ENCODER_STEPS if hasattr(cls, name)}
+    return {"generate": _generate(cls), **steps}
+
+
 def _generate(cls: Any) -> Callable[..., Any]:
     @functools.wraps(cls.generate)
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -299,12 +306,15 @@ def _generate(cls: Any) -> Callable[..., Any]:
     return generate
 
 
-def _prepare_encoder(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    own = {name: model_kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in model_kwargs}
-    parent: Any = super(type(self), self)
-    with _pass(_open(self, own, model_kwargs)):
-        prepared = parent._prepare_encoder_decoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
-    return {**prepared, **own}
+def _encoder_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def prepare(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        own = {name: model_kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in model_kwargs}
+        with _pass(_open(self, own, model_kwargs)):
+            prepared = step(self, inputs_tensor, model_kwargs, *args, **kwargs)
+        return {**prepared, **own}
+
+    return prepare
 
 
 @contextmanager
