@@ -1,0 +1,177 @@
+"""The ten architectures as tiny random models, their inputs, and the methods with small sizes."""
+
+import copy
+import functools
+import zlib
+
+import torch
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+)
+
+import adapters
+from adapters import AdapterConfig, AdapterSetup, LoRAConfig
+
+VOCABULARY, PAD, BOS, EOS = 48, 0, 1, 2
+TEXT = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+HALVES = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "bert": BertConfig(**SIZE, **TEXT),
+    "roberta": RobertaConfig(**SIZE, **TEXT),
+    "distilbert": DistilBertConfig(dim=16, n_layers=2, n_heads=4, hidden_dim=24, **TEXT),
+    # three layers of two groups: one that is called twice, and another
+    "albert": AlbertConfig(**{**SIZE, "num_hidden_layers": 3}, num_hidden_groups=2, embedding_size=8, **TEXT),
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=4, **TEXT),
+    "llama": LlamaConfig(**SIZE, num_key_value_heads=2, **TEXT),
+    "mistral": MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=3, **TEXT),
+    "t5": T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=PAD, **TEXT),
+    "bart": BartConfig(
+        d_model=16, **HALVES, encoder_ffn_dim=24, decoder_ffn_dim=24, **TEXT, decoder_start_token_id=EOS
+    ),
+    "vit": ViTConfig(**SIZE, image_size=8, patch_size=4),
+}
+DECODERS = ("gpt2", "llama", "mistral")
+ENCODER_DECODERS = ("t5", "bart")
+GENERATORS = (*DECODERS, *ENCODER_DECODERS)
+TEXT_MODELS = tuple(name for name in CONFIGS if name != "vit")
+ROWS, LENGTH = 4, 6
+
+METHODS: dict[str, AdapterConfig] = {
+    name: AdapterConfig.load(text)
+    for name, text in {
+        "seq_bn": "seq_bn[reduction_factor=4]",
+        "double_seq_bn": "double_seq_bn[reduction_factor=4,cross_adapter=True]",
+        "par_bn": "par_bn[reduction_factor=4]",
+        "scaled_par_bn": "scaled_par_bn[reduction_factor=4]",
+        "adapter_plus": "adapter_plus[reduction_factor=4,stochastic_depth=0.0]",
+        "prefix_tuning": "prefix_tuning[prefix_length=3,bottleneck_size=8]",
+        "prefix_tuning_flat": "prefix_tuning_flat[prefix_length=2]",
+        "gated_bn": "double_seq_bn[reduction_factor=4,use_gating=True]",
+        "gated_prefix": "prefix_tuning[prefix_length=4,bottleneck_size=8,use_gating=True,shared_gating=False]",
+    }.items()
+}
+EVERYWHERE = {"attn_matrices": ["q", "k", "v", "o"], "intermediate_lora": True, "output_lora": True}
+METHODS |= {
+    "lora": LoRAConfig(r=4, alpha=8, **EVERYWHERE),
+    "ia3": LoRAConfig(r=1, alpha=1, composition_mode="scale", init_weights="ia3", **EVERYWHERE),
+    "gated_lora": LoRAConfig(r=4, alpha=8, use_gating=True, **EVERYWHERE),
+    "mam": adapters.MAMConfig(METHODS["prefix_tuning_flat"], METHODS["par_bn"]),
+    "unipelt": adapters.UniPELTConfig(METHODS["prefix_tuning"], METHODS["seq_bn"], LoRAConfig(r=4, alpha=2)),
+}
+BOTTLENECKS = ("seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn", "adapter_plus")
+PREFIXES = ("prefix_tuning", "prefix_tuning_flat", "gated_prefix", "mam", "unipelt")
+GATED = ("gated_bn", "gated_lora", "gated_prefix", "unipelt")
+
+
+def generator(name: str) -> torch.Generator:
+    """A random stream that depends on nothing but the name."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def config(name: str) -> PreTrainedConfig:
+    return type(CONFIGS[name]).from_dict(CONFIGS[name].to_dict())
+
+
+@functools.cache
+def _built(name: str, head: bool) -> PreTrainedModel:
+    auto = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
+    torch.manual_seed(0)
+    return (auto if head else AutoModel).from_config(config(name)).eval()
+
+
+def plain(name: str, head: bool = False) -> PreTrainedModel:
+    """A model of transformers alone, with random weights that are the same every time."""
+    return copy.deepcopy(_built(name, head))
+
+
+def inputs(name: str, rows: int = ROWS, side: str = "right") -> dict[str, torch.Tensor]:
+    """A batch with padding, on the side that is asked for."""
+    source = generator(name)
+    if name == "vit":
+        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=source)}
+    tokens = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=source)
+    mask = torch.ones_like(tokens)
+    for row, padding in ((1, slice(-2, None)), (3, slice(-1, None))):
+        mask[row % rows, padding] = 0
+    mask = mask.flip(1) if side == "left" else mask
+    batch = {"input_ids": tokens.masked_fill(mask == 0, PAD), "attention_mask": mask}
+    if name in ENCODER_DECODERS:
+        batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=source)
+        decoder_mask = torch.ones_like(tokens)
+        decoder_mask[2 % rows, -2:] = 0
+        batch["decoder_attention_mask"] = decoder_mask
+    return batch
+
+
+def rows_of(batch: dict[str, torch.Tensor], rows) -> dict[str, torch.Tensor]:
+    return {key: value[rows] for key, value in batch.items()}
+
+
+def positions(name: str) -> int:
+    """The length of the sequences of ``inputs``."""
+    return 5 if name == "vit" else LENGTH
+
+
+@torch.no_grad()
+def disturb(model, adapter: str, scale: float = 0.2) -> None:
+    """Noise on every parameter of an adapter, so that it is not the identity."""
+    source = generator(adapter)
+    for module in model._modules_of(adapter):
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=source).to(parameter) * scale)
+
+
+def adapted(name: str, *methods: str, head: bool = False):
+    """A model with an adapter of each method, named for it."""
+    model = plain(name, head)
+    adapters.init(model)
+    for method in methods:
+        model.add_adapter(method, METHODS[method])
+        disturb(model, method)
+    return model
+
+
+@functools.cache
+def shared(name: str):
+    """A model with every method thrice: `M_a`, `M_b`, and `M_partial` that leaves out layer 0. Not to be changed."""
+    model = plain(name)
+    adapters.init(model)
+    for method, configuration in METHODS.items():
+        for suffix in ("a", "b", "partial"):
+            left_out = [0] if suffix == "partial" else []
+            model.add_adapter(f"{method}_{suffix}", _leaving_out(configuration, left_out))
+            disturb(model, f"{method}_{suffix}")
+    return model
+
+
+def _leaving_out(configuration: AdapterConfig, layers: list[int]) -> AdapterConfig:
+    if isinstance(configuration, adapters.ConfigUnion):
+        return adapters.ConfigUnion(*(_leaving_out(part, layers) for part in configuration.configs))
+    return configuration.replace(leave_out=layers)
+
+
+@torch.no_grad()
+def output(model, batch, **kwargs) -> torch.Tensor:
+    """The first output, under the active setup."""
+    return model(**batch, **kwargs)[0]
+
+
+def run(model, batch, setup, **kwargs) -> torch.Tensor:
+    """The first output, under `setup`."""
+    with AdapterSetup(setup):
+        return output(model, batch, **kwargs)
