@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -314,8 +315,13 @@ def _factory(reference: torch.Tensor) -> Mapping[str, Any]:
 
 
 def _like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
-    """Give a new module the device, dtype and mode of its host."""
+    """Give a new module the device, dtype and mode of its host; moving is slow, so it is done only where it is due."""
     factory = dict(_factory(site.reference))
     if keep_dtype:
         factory.pop("dtype", None)
-    module.to(**factory).train(site.host.training)
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.device != factory["device"] or tensor.dtype != factory.get("dtype", tensor.dtype):
+            module.to(**factory)
+            break
+    if not site.host.training:
+        module.eval()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, FrozenInstanceError, asdict, fields, is_dataclass
+from functools import cache
 from typing import Any, ClassVar, Self, cast
 
 from ..errors import ConfigError, listing, suggestion
@@ -48,7 +49,7 @@ class AdapterConfig(Mapping[str, Any]):
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """The names of the fields in the order of their declaration."""
-        return tuple(field.name for field in fields(cls))
+        return _field_names(cls)
 
     @classmethod
     def check_known(cls, names: Mapping[str, Any]) -> None:
@@ -139,6 +140,11 @@ class AdapterConfig(Mapping[str, Any]):
         from .resolve import load_config  # the classes of the methods derive from this one
 
         return load_config(config, kwargs)
+
+
+@cache
+def _field_names(cls: type[AdapterConfig]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
 
 
 def _hashable(value: Any) -> Any:
