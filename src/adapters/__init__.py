@@ -31,7 +31,9 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "QuestionAnsweringHead", "Seq2SeqLMHead", "TaggingHead",
     ),
     "auto": ("ADAPTER_MODEL_MAPPING", "AutoAdapterModel"),
-    "training": ("AdapterArguments", "setup_adapter_training"),
+    "training": (
+        "AdapterArguments", "AdapterTrainingArguments", "Seq2SeqAdapterTrainingArguments", "setup_adapter_training",
+    ),
     "trainer": ("AdapterTrainer", "AdapterTrainerCallback", "Seq2SeqAdapterTrainer"),
     "errors": ("AdapterError", "CheckpointError", "CompositionError", "ConfigError", "UnknownAdapterError"),
 }  # fmt: skip
