@@ -284,7 +284,7 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
                 embeddings.requires_grad_(not freeze)
 
     def get_fusion_regularization_loss(self) -> Tensor | None:
-        """Sum of 0.01 ||I - V||^2 over the fusion layers whose value projection V is trained; None without one."""
+        """Sum of 0.01 ||I - V||^2 over fusion layers with `regularization` and a trained V; None without one."""
         losses = [loss for layer in self.adapter_sites.fusion_layers() if (loss := layer.regularisation()) is not None]
         return torch.stack(losses).sum() if losses else None
 

@@ -131,7 +131,8 @@ class Fusion(nn.Module):
     x is the input of the last adapter, or with ``query_before_ln`` the sub-layer's output.
 
     Parameters: query and key (d, d) with bias, value (d, d). Start: value near the identity if ``value_initialized``.
-    Differs from 1.x: the temperature falls only while training and is part of the state; a dropout of 0 is 0.
+    Differs from 1.x: the temperature falls only while training and is part of the state; a dropout of 0 is 0;
+    ``regularization=False`` switches the regularisation off.
     """
 
     def __init__(self, config: AdapterFusionConfig, width: int, attention_dropout: float) -> None:
@@ -185,8 +186,8 @@ class Fusion(nn.Module):
         return weights
 
     def regularisation(self) -> Tensor | None:
-        """0.01 ||I - V||^2, if the values are projected and trained."""
-        if self.value is None or not self.value.weight.requires_grad:
+        """0.01 ||I - V||^2, if the configuration asks for it and the values are projected and trained."""
+        if not self.config.regularization or self.value is None or not self.value.weight.requires_grad:
             return None
         identity = torch.eye(self.value.out_features, device=self.value.weight.device, dtype=self.value.weight.dtype)
         return 0.01 * (identity - self.value.weight).pow(2).sum()
