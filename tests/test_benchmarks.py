@@ -1,0 +1,22 @@
+"""The benchmark's command runs and reports, on shapes so small that its numbers mean nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_benchmarks_report_every_measurement(tmp_path):
+    pytest.importorskip("peft")
+    report = tmp_path / "benchmarks.md"
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--rounds=1", f"--output={report}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    written = report.read_text("utf-8")
+    for row in ("inactive", "LoRA", "bottleneck", "prefix", "PEFT LoRA", "PEFT prefix", "`adapters.init`"):
+        assert f"| {row} " in written
+        assert f"| {row} " in printed
