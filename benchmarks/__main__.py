@@ -205,8 +205,8 @@ Written by `make bench` with {rounds} rounds: {machine}.
 One thread, random weights, float32, {length} tokens. In each round every variant runs once, in a new order, in one
 process; the numbers are ratios of the least CPU times. "bare, again" is the bare model a second time: how far it is
 from 1 is the noise. A training step is forward, backward and AdamW; "bare" is full fine-tuning there. "inactive" has
-one adapter of each method, none active. LoRA has r = 8 on queries and values, the bottleneck adapter is `seq_bn`, prefixes
-have 30 tokens (reparametrised, width 512), in PEFT too. PEFT has no bottleneck adapters.
+one adapter of each method, none active. LoRA has r = 8 on queries and values, the bottleneck adapter is `seq_bn`,
+prefixes have 30 tokens (reparametrised, width 512), in PEFT too. PEFT has no bottleneck adapters.
 """
 
 
