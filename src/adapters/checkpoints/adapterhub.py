@@ -2,9 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,10 @@ from ..configuration import AdapterConfig, get_adapter_config_hash
 from ..configuration.resolve import build_config
 from ..errors import AdapterError, CheckpointError, UnknownAdapterError, suggestion
 from . import files, heads, hub, legacy, weights
-from .files import ADAPTER, HEAD, Content, Weights
+from .files import ADAPTER, HEAD, Content
 from .loaders import WeightsLoader
-from .placing import Adapters, all_or_nothing, place, remembered_activation
-from .provenance import check_architecture, full_config, origin, prefixes
-from .weights import Fit, Slots
+from .placing import Adapters, Saved, all_or_nothing, place
+from .provenance import full_config
 
 if TYPE_CHECKING:
     from ..model import ModelAdaptersMixin
@@ -134,7 +132,7 @@ def load_adapter(
         id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
     head = heads.beside_adapter(model, folder, adapter.name, load_as, id2label, use_safetensors) if with_head else None
     with all_or_nothing(model, undo) as changes:
-        adapter.place(model, asked, loading_info, changes, complete=leave_out is None)
+        place(Adapters(model), adapter, asked, loading_info, changes, complete=leave_out is None)
         if set_active:
             model.set_active_adapters(adapter.name)
         if head is not None:
@@ -151,49 +149,9 @@ def load_adapter(
     return adapter.name
 
 
-@dataclass(frozen=True)
-class SavedAdapter:
-    """What an adapter's folder says.
-
-    Attributes:
-        name: What it will be called in the model.
-        config: Its configuration.
-        weights: Its tensors by 1.x's keys for that name.
-        file: The content of its config file.
-    """
-
-    name: str
-    config: AdapterConfig
-    weights: Weights
-    file: Mapping[str, Any]
-
-    def place(
-        self,
-        model: "ModelAdaptersMixin",
-        asked: str,
-        loading_info: dict[str, Any] | None,
-        undo: ExitStack,
-        complete: bool,
-    ) -> None:
-        """Adds the adapter to a model; `complete` if tensors without a place there are worth a warning.
-
-        Raises:
-            CheckpointError: It does not fit.
-        """
-        active_again = remembered_activation(model)
-        fit = place(Adapters(model), self.name, self.config, self._comparison(model, asked), undo)
-        active_again()
-        check_architecture(self.file, self.weights, model, asked)
-        weights.report(fit, asked, loading_info, complete)
-
-    def _comparison(self, model: "ModelAdaptersMixin", asked: str) -> Callable[[Slots], Fit]:
-        known, own = prefixes(self.file, self.weights, model), weights.prefix_of(model)
-        return lambda slots: weights.compare(slots, self.weights, known, own, asked, origin(self.file, model))
-
-
 def read_adapter(
     folder: Path, load_as: str | None = None, leave_out: list[int] | None = None, use_safetensors: bool = True
-) -> SavedAdapter:
+) -> Saved[AdapterConfig]:
     """Reads the folder of an adapter; touches no model.
 
     Raises:
@@ -201,16 +159,18 @@ def read_adapter(
     """
     file = folder / ADAPTER.config
     full = files.read_json(file)
-    name = load_as or full.get("name")
-    if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{str(file)!r}: 'name' is {name!r}; it must be the adapter's name. Pass load_as.")
+    old = full.get("name") if isinstance(full.get("name"), str) else None
+    name = load_as or old
+    if not name:
+        raise CheckpointError(f"{str(file)!r}: 'name' is {old!r}; it must be the adapter's name. Pass load_as.")
     saved = legacy.upgraded_weights(files.read_weights(folder, ADAPTER, use_safetensors))
-    settings = legacy.upgraded_config(full, saved, file)
     try:
-        config = build_config(_without_layers(settings, leave_out or []))
-    except (AdapterError, TypeError) as error:
+        config = build_config(_without_layers(legacy.upgraded_config(full, saved, file), leave_out or []))
+    except CheckpointError:
+        raise
+    except (AdapterError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(file)!r}: 'config' cannot be used: {error}") from error
-    return SavedAdapter(name, config, weights.renamed(saved, full.get("name") or name, name), full)
+    return Saved(name, config, weights.renamed(saved, old or name, name), full)
 
 
 def _without_layers(config: Mapping[str, Any], leave_out: list[int]) -> dict[str, Any]:

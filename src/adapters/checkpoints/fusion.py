@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..composition import Fuse
-from ..configuration import AdapterFusionConfig, get_adapter_config_hash
+from ..configuration import AdapterConfig, AdapterFusionConfig, get_adapter_config_hash
 from ..errors import AdapterError, CheckpointError, UnknownAdapterError, listing, suggestion
 from . import files, heads, weights
 from .adapterhub import Folder, Loaders
 from .files import FUSION, HEAD, Content
-from .placing import Fusions, all_or_nothing, place, remembered_activation
-from .provenance import check_architecture, full_config, origin, prefixes
+from .placing import Fusions, Saved, all_or_nothing, place
+from .provenance import full_config
 
 if TYPE_CHECKING:
     from ..model import ModelAdaptersMixin
@@ -123,47 +123,43 @@ def load_adapter_fusion(
     """
     asked = f"load_adapter_fusion({os.fspath(adapter_fusion_name_or_path)!r})"
     folder = Path(adapter_fusion_name_or_path)
-    file = folder / FUSION.config
-    full = files.read_json(file)
-    saved = files.read_weights(folder, FUSION, use_safetensors)
-    old, config, adapters = _definition(full, file)
-    name = load_as or old
+    fusion = read_fusion(folder, load_as, use_safetensors)
+    name, adapters = fusion.name, fusion.config[1]
     if unknown := [adapter for adapter in adapters if adapter not in model.adapters_config]:
         raise UnknownAdapterError(
             f"{asked}: No adapter with name {unknown[0]!r} found; it fuses {listing(adapters)}. Load these first."
         )
-    own = weights.renamed({key: value for key, value in saved.items() if f".{old}." in key}, old, name)
     head = heads.beside_adapter(model, folder, name, load_as, None, use_safetensors) if with_head else None
-    known, prefix = prefixes(full, own, model), weights.prefix_of(model)
     with all_or_nothing(model, undo) as changes:
-        active_again = remembered_activation(model)
-        fit = place(
-            Fusions(model),
-            name,
-            (config, adapters),
-            lambda slots: weights.compare(slots, own, known, prefix, asked, origin(full, model)),
-            changes,
-        )
-        active_again()
-        check_architecture(full, own, model, asked)
-        weights.report(fit, asked, loading_info)
+        place(Fusions(model), fusion, asked, loading_info, changes)
         if set_active:
             model.set_active_adapters(Fuse(*adapters, name=name))
         if head is not None:
             heads.place_head(model, head, asked, set_active, loading_info, changes)
         for loader in custom_weights_loaders or ():
-            loader.load(
-                str(folder), load_as=load_as, loading_info=loading_info, main_load_name=name, set_active=set_active
-            )
+            options: dict[str, Any] = {"main_load_name": name, "set_active": set_active}
+            loader.load(str(folder), load_as=load_as, loading_info=loading_info, **options)
     return name
 
 
-def _definition(full: Mapping[str, Any], file: Path) -> tuple[str, AdapterFusionConfig, list[str]]:
-    """The name, configuration and adapters of a fusion; before version 1.0 the name lists the adapters."""
-    name, config = full.get("name"), full.get("config")
-    if not isinstance(name, str) or not isinstance(config, dict):
+def read_fusion(
+    folder: Path, load_as: str | None = None, use_safetensors: bool = True
+) -> Saved[tuple[AdapterConfig, list[str]]]:
+    """Reads the folder of a fusion; touches no model. Before version 1.0 its name lists the adapters.
+
+    Raises:
+        CheckpointError: A file is missing or broken.
+    """
+    file = folder / FUSION.config
+    full = files.read_json(file)
+    saved = files.read_weights(folder, FUSION, use_safetensors)
+    old, config = full.get("name"), full.get("config")
+    if not isinstance(old, str) or not isinstance(config, dict):
         raise CheckpointError(f"{str(file)!r}: 'name' or 'config' is not that of an AdapterFusion. Save it again.")
     try:
-        return name, AdapterFusionConfig.from_dict(config), list(full.get("adapter_names") or name.split(","))
+        definition = AdapterFusionConfig.from_dict(config), list(full.get("adapter_names") or old.split(","))
     except (AdapterError, TypeError) as error:
         raise CheckpointError(f"{str(file)!r}: 'config' cannot be used: {error}") from error
+    name = load_as or old
+    own = {key: value for key, value in saved.items() if f".{old}." in key}  # 1.x wrote those that begin the same too
+    return Saved(name, definition, weights.renamed(own, old, name), full)

@@ -4,6 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from ..composition import Fuse
 from ..configuration import AdapterConfig
-from .weights import Fit, Slots, adapter_slots, fill, fusion_slots, renamed
+from .files import Weights
+from .provenance import check_architecture, origin, prefixes
+from .weights import Fit, Slots, adapter_slots, compare, fill, fusion_slots, prefix_of, renamed, report
 
 if TYPE_CHECKING:
     from ..model import ModelAdaptersMixin
@@ -98,51 +101,86 @@ def all_or_nothing(model: "ModelAdaptersMixin", outer: ExitStack | None = None) 
             outer.push(kept)
 
 
-def place(bearer: Bearer[C], name: str, config: C, compare: Callable[[Slots], Fit], undo: ExitStack) -> Fit:
-    """Adds or overwrites `name` and fills it with what `compare` matches; closing `undo` takes it all back.
+@dataclass(frozen=True)
+class Saved(Generic[C]):
+    """What a folder says.
+
+    Attributes:
+        name: What it will be called in the model.
+        config: What defines it.
+        weights: Its tensors by 1.x's keys for that name.
+        file: The content of its config file.
+    """
+
+    name: str
+    config: C
+    weights: Weights
+    file: Mapping[str, Any]
+
+
+def place(
+    bearer: Bearer[C],
+    saved: Saved[C],
+    asked: str,
+    loading_info: dict[str, Any] | None,
+    undo: ExitStack,
+    complete: bool = True,
+) -> None:
+    """Adds or overwrites what was saved; closing `undo` takes it all back.
 
     One that is there with an equal configuration keeps its parameters, which then hold other values: an optimizer may
-    know them. Else it is replaced.
+    know them. Else it is replaced, once it is known that the weights will fit.
+
+    Args:
+        asked: The call, for messages.
+        complete: Whether tensors without a place in the model are worth a warning.
 
     Raises:
-        CheckpointError: `compare` found that the weights do not fit; the model is as it was.
+        CheckpointError: The weights do not fit.
     """
-    present = bearer.config(name)
+    model, name, present = bearer.model, saved.name, bearer.config(saved.name)
+    known, own, about = prefixes(saved.file, saved.weights, model), prefix_of(model), origin(saved.file, model)
+
+    def fit(slots: Slots) -> Fit:
+        return compare(slots, saved.weights, known, own, asked, about)
+
+    active_again = remembered_activation(model)
+    if present is not None:
+        logger.warning("%s: overwriting %r.", asked, name)
+    if present is not None and present != saved.config:
+        with _rehearsed(bearer, saved.config) as slots:
+            fit(renamed(slots, REHEARSAL, name))
+        undo.callback(_reinstate, bearer, name, present, _snapshot(bearer.slots(name)))
+        bearer.delete(name)
+    if present != saved.config:
+        bearer.add(name, saved.config)
     if present is None:
-        bearer.add(name, config)
         undo.callback(bearer.delete, name)
-    else:
-        logger.warning("Overwriting existing %r.", name)
-        if present != config:
-            _replace(bearer, name, present, config, compare, undo)
     slots = bearer.slots(name)
-    fit = compare(slots)
-    if present == config:
+    found = fit(slots)
+    if present == saved.config:
         undo.callback(_restore, slots, _snapshot(slots))
-    fill(slots, fit.matched)
-    return fit
+    fill(slots, found.matched)
+    active_again()
+    check_architecture(saved.file, saved.weights, model, asked)
+    report(found, asked, loading_info, complete)
 
 
-def _replace(
-    bearer: Bearer[C], name: str, present: C, config: C, compare: Callable[[Slots], Fit], undo: ExitStack
-) -> None:
-    """Makes `name` anew with another configuration, once it is known that the weights will fit."""
+@contextmanager
+def _rehearsed(bearer: Bearer[C], config: C) -> Iterator[Slots]:
+    """The tensors of one that is there for the time of the block."""
     bearer.add(REHEARSAL, config)
     try:
-        compare(renamed(bearer.slots(REHEARSAL), REHEARSAL, name))
+        yield bearer.slots(REHEARSAL)
     finally:
         bearer.delete(REHEARSAL)
-    snapshot = _snapshot(bearer.slots(name))
 
-    def reinstate() -> None:
-        if bearer.config(name) is not None:
-            bearer.delete(name)
-        bearer.add(name, present)
-        _restore(bearer.slots(name), snapshot)
 
-    undo.callback(reinstate)
-    bearer.delete(name)
+def _reinstate(bearer: Bearer[C], name: str, config: C, snapshot: Snapshot) -> None:
+    if bearer.config(name) is not None:
+        bearer.delete(name)
     bearer.add(name, config)
+    _restore(bearer.slots(name), snapshot)
 
 
 def _snapshot(slots: Mapping[str, tuple[Tensor, ...]]) -> Snapshot:
@@ -162,10 +200,10 @@ def _restore(slots: Slots, snapshot: Snapshot) -> None:
 
 def remembered_activation(model: "ModelAdaptersMixin") -> Callable[[], None]:
     """A function that activates again what is active now: adapters, skipped layers, and heads with their labels."""
-    from .heads import is_flexible
+    from .heads import is_flexible  # which places heads
 
     adapters, skipped = model.active_adapters, model.adapters_config.skip_layers
-    labels: dict[str, Any] = {key: getattr(model.config, key) for key in ("label2id", "id2label")}
+    labels = model.config.label2id, model.config.id2label
     head = model.active_head if is_flexible(model) else None
 
     def activate() -> None:
@@ -173,7 +211,6 @@ def remembered_activation(model: "ModelAdaptersMixin") -> Callable[[], None]:
             model.set_active_adapters(adapters, skipped)
         if is_flexible(model):
             model.active_head = head
-        for key, value in labels.items():
-            setattr(model.config, key, value)
+        model.config.label2id, model.config.id2label = labels
 
     return activate
