@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from golden import CASES, GOLDENS, GROUPS, archive, arguments, expected
 from golden_runs import deviation, load, new_model, outputs
 
@@ -41,6 +42,7 @@ def main(root: Path) -> None:
     if version("adapters") != "1.3.0":
         sys.exit(f"check_reverse.py: adapters {version('adapters')} is installed; it must be 1.3.0.")
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
     evidence = {}
     for key, digest in json.loads((root / "digests.json").read_text()).items():
