@@ -306,7 +306,9 @@ def _check_fusions(site: Site, plan: Setup) -> None:
 def _linear_sites(block: ModelBlock, core: Core) -> Iterator[LinearSite]:
     for role, linear in core.projections.items():
         place = Place(block.layer, block.stack, block.path, linear.path, role, linear.part)
-        yield LinearSite(place, linear.module, linear.inputs, linear.outputs, linear.start)
+        across = core.role == "cross_attention" and role in ("k", "v")
+        source = "encoder" if across else block.stack
+        yield LinearSite(place, linear.module, linear.inputs, linear.outputs, linear.start, source)
 
 
 def _factory(reference: torch.Tensor) -> Mapping[str, Any]:

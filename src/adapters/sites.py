@@ -204,10 +204,13 @@ class LinearSite(Site):
         "output": "output_lora",
     }
 
-    def __init__(self, place: Place, host: nn.Module, inputs: int, outputs: int, start: int = 0) -> None:
-        """inputs, outputs: the map's widths; start: its first output in a fused projection."""
+    def __init__(
+        self, place: Place, host: nn.Module, inputs: int, outputs: int, start: int = 0, source: str | None = None
+    ) -> None:
+        """inputs, outputs: the map's widths; start: its first output in a fused one; source: the stack of its input."""
         super().__init__(place, host)
         self.inputs, self.outputs, self.start = inputs, outputs, start
+        self.source = place.stack if source is None else source
 
     @property
     def path(self) -> str:

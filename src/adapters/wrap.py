@@ -190,7 +190,7 @@ def _masks(model: ModelAdaptersMixin, inputs: Mapping[str, Any]) -> dict[str, Te
     names = (
         {"encoder": "attention_mask", "decoder": "decoder_attention_mask"}
         if encoder_decoder
-        else {"": "attention_mask"}
+        else {"": "attention_mask", "encoder": "encoder_attention_mask"}
     )
     masks = {stack: inputs.get(name) for stack, name in names.items()}
     return {stack: mask for stack, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}

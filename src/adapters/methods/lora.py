@@ -109,7 +109,7 @@ class LoRA(AdapterModule[LinearSignal]):
 
     def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
         super().__init__()
-        self.stack, self.config, self.scale = site.stack, config, config.alpha / config.r
+        self.stack, self.config, self.scale = site.source, config, config.alpha / config.r
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         self.lora_A = (
             None
