@@ -174,7 +174,9 @@ class PrefixSignal(Signal):
     def with_prefix(self, key: Tensor, value: Tensor) -> Self:
         """With more keys and values (b, heads, p, head width) in front, seen by all queries."""
         bias = None if self.bias is None else pad(self.bias, (key.shape[2], 0))
-        return replace(self, key=torch.cat([key, self.key], 2), value=torch.cat([value, self.value], 2), bias=bias)
+        if self.key.shape[2]:
+            key, value = torch.cat([key, self.key], 2), torch.cat([value, self.value], 2)
+        return replace(self, key=key, value=value, bias=bias)
 
     @classmethod
     def join(cls, parts: Sequence[Self], dim: int) -> Self:
