@@ -326,7 +326,7 @@ def test_what_a_file_lacks_or_has_too_much_is_reported(tmp_path):
     weights["bert.elsewhere.loras.a.lora_A"] = weights.pop(lost)
     save_file(weights, tmp_path / "adapter.safetensors")
     info = {"missing_keys": ["before"]}
-    with pytest.warns(UserWarning, match="1 tensors are not in the file .* and 1 tensors of the file are for no"):
+    with pytest.warns(UserWarning, match="1 tensors are not in the file .* and 1 tensors in the file have no place"):
         flexible().load_adapter(tmp_path, loading_info=info)
     assert info == {"missing_keys": ["before", lost], "unexpected_keys": ["bert.elsewhere.loras.a.lora_A"]}
 

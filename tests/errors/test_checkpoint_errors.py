@@ -132,6 +132,10 @@ BREAK = {
         lambda f: edit_config(f / "adapter_config.json", architecture="lorax"),
         "'config' cannot be used: adapter config: unknown architecture 'lorax'; did you mean 'lora'",
     ),
+    "members of a union that are none": (
+        lambda f: edit(f / "adapter_config.json", config={"architecture": "union", "configs": "x"}),
+        "'config' cannot be used",
+    ),
     "impossible value": (
         lambda f: edit_config(f / "adapter_config.json", r="two"),
         "'config' cannot be used: LoRAConfig",
@@ -169,6 +173,14 @@ BREAK = {
     "head of another shape": (
         lambda f: edit_weights(f / "model_head.safetensors", lambda key, value: (key, value[:1])),
         r"'heads\.\w+\.1\.weight' has shape \(1, 16\) in the file and \(16, 16\)|'heads\.\w+\.1\.bias' has shape",
+    ),
+    "labels without numbers": (
+        lambda f: edit_config(f / "head_config.json", label2id=["x", "y"]),
+        r"'label2id' is \['x', 'y'\]; it must map each label to its number",
+    ),
+    "head with an impossible value": (
+        lambda f: edit_config(f / "head_config.json", dropout_prob="x"),
+        "its saved config cannot be used",
     ),
     "head of an unknown type": (
         lambda f: edit_config(f / "head_config.json", head_type="x"),
@@ -348,7 +360,8 @@ FUSION_FILES = ("adapter_fusion_config.json", "model_adapter_fusion.safetensors"
     [
         (lambda f: truncate(f / FUSION_FILES[0]), "the file is broken, not JSON"),
         (lambda f: truncate(f / FUSION_FILES[1]), "truncated, broken"),
-        (lambda f: edit(f / FUSION_FILES[0], config=None), "'name' or 'config' is not that of an AdapterFusion"),
+        (lambda f: edit(f / FUSION_FILES[0], config=None), "is not that of an AdapterFusion"),
+        (lambda f: edit(f / FUSION_FILES[0], adapter_names=[{}]), "is not that of an AdapterFusion"),
         (lambda f: edit_config(f / FUSION_FILES[0], key="x"), "'config' cannot be used"),
         (
             lambda f: edit(f / FUSION_FILES[0], adapter_names=["a", "z"]),
@@ -381,6 +394,7 @@ def test_fusions(damage, message, load_as, changed, model, saved):
             "an empty composition",
         ),
         (lambda f: edit(f / "adapter_setup.json", adapter_setup=None), "holds no composition"),
+        (lambda f: edit(f / "adapter_setup.json", head_setup=[1]), "holds no composition"),
         (
             lambda f: edit(f / "adapter_setup.json", adapter_setup={"type": "single", "children": ["../x"]}),
             "cannot name",

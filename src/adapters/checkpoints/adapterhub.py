@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configuration import AdapterConfig, get_adapter_config_hash
 from ..configuration.resolve import build_config
-from ..errors import AdapterError, CheckpointError, UnknownAdapterError, suggestion
+from ..errors import CheckpointError, UnknownAdapterError, suggestion
 from . import files, heads, hub, legacy, weights
 from .files import ADAPTER, HEAD, Content
 from .loaders import WeightsLoader
@@ -168,7 +168,7 @@ def read_adapter(
         config = build_config(_without_layers(legacy.upgraded_config(full, saved, file), leave_out or []))
     except CheckpointError:
         raise
-    except (AdapterError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # AdapterError is a ValueError
         raise CheckpointError(f"{str(file)!r}: 'config' cannot be used: {error}") from error
     return Saved(name, config, weights.renamed(saved, old or name, name), full)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -143,6 +143,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(file)!r}: holds a JSON {type(content).__name__}; it must be an object.")
     return content
+
+
+def is_list_of_names(value: Any) -> TypeGuard[list[str]]:
+    """Whether a value that was read is a list of strings."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def read_weights(folder: Path, kind: Kind, use_safetensors: bool = True) -> Weights:

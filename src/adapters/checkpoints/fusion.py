@@ -153,11 +153,15 @@ def read_fusion(
     file = folder / FUSION.config
     full = files.read_json(file)
     saved = files.read_weights(folder, FUSION, use_safetensors)
-    old, config = full.get("name"), full.get("config")
-    if not isinstance(old, str) or not isinstance(config, dict):
-        raise CheckpointError(f"{str(file)!r}: 'name' or 'config' is not that of an AdapterFusion. Save it again.")
+    old, config, adapters = full.get("name"), full.get("config"), full.get("adapter_names")
+    if adapters is None and isinstance(old, str):
+        adapters = old.split(",")
+    if not isinstance(old, str) or not isinstance(config, dict) or not files.is_list_of_names(adapters):
+        raise CheckpointError(
+            f"{str(file)!r}: 'name', 'config' or 'adapter_names' is not that of an AdapterFusion. Save it again."
+        )
     try:
-        definition = AdapterFusionConfig.from_dict(config), list(full.get("adapter_names") or old.split(","))
+        definition = AdapterFusionConfig.from_dict(config), adapters
     except (AdapterError, TypeError) as error:
         raise CheckpointError(f"{str(file)!r}: 'config' cannot be used: {error}") from error
     name = load_as or old

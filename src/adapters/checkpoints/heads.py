@@ -126,6 +126,7 @@ def read_head(
     saved, config, old = files.read_weights(folder, HEAD, use_safetensors), full.get("config"), full.get("name")
     labels = None if id2label is None else {label: int(index) for index, label in id2label.items()}
     if config is None:
+        _check_labels(full, file)
         return SavedHead(None, None, saved, full if labels is None else {**full, "label2id": labels})
     name = load_as or old
     if not isinstance(config, dict) or not isinstance(name, str) or not name:
@@ -133,14 +134,22 @@ def read_head(
             f"{str(file)!r}: 'config' or 'name' is not that of a head. Pass load_as to name it, or save it again."
         )
     if labels is not None:
-        if len(labels) != config.get("num_labels", config.get("num_choices", len(labels))):
+        number = config.get("num_labels", config.get("num_choices", len(labels)))
+        if len(labels) != number:
             raise AdapterError(
-                f"{str(file)!r}: id2label has {len(labels)} labels, the saved head another number; give one for each."
+                f"{str(file)!r}: id2label has {len(labels)} labels, the saved head {number}; give as many."
             )
         config = {**config, "label2id": labels}
+    _check_labels(config, file)
     own = f"heads.{old}."
     tensors = {f"heads.{name}.{key.removeprefix(own)}": value for key, value in saved.items() if key.startswith(own)}
     return SavedHead(name, config, tensors, full)
+
+
+def _check_labels(config: Mapping[str, Any], file: Path) -> None:
+    labels = config.get("label2id")
+    if labels is not None and not (isinstance(labels, dict) and all(isinstance(i, int) for i in labels.values())):
+        raise CheckpointError(f"{str(file)!r}: 'label2id' is {labels!r}; it must map each label to its number.")
 
 
 def beside_adapter(
@@ -219,7 +228,12 @@ def _add(model: "ModelWithFlexibleHeadsAdaptersMixin", name: str, config: Mappin
         logger.warning("Overwriting existing head %r.", name)
         if old.config == config:
             return
-    new = model.head_from_config(name, config, overwrite_ok=True)
+    try:
+        new = model.head_from_config(name, config, overwrite_ok=True)
+    except AdapterError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"head {name!r}: its saved config cannot be used: {error}. Save it again.") from error
     model.add_prediction_head(new, overwrite_ok=True, set_active=False)
     if old is None:
         undo.callback(model.delete_head, name)

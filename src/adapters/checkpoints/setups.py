@@ -114,6 +114,8 @@ def _read(full: Mapping[str, Any], asked: str) -> tuple[Block, HeadSetup]:
         setup, head_setup = parse_composition(Block.from_dict(full["adapter_setup"])), full.get("head_setup")
         if isinstance(head_setup, dict):
             head_setup = Block.from_dict(head_setup)
+        elif not (head_setup in (None, True) or isinstance(head_setup, str) or files.is_list_of_names(head_setup)):
+            raise TypeError(f"head_setup is {head_setup!r}")
     except (AdapterError, TypeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{asked}: {SETUP_FILE!r} holds no composition: {error!r}. Save it again.") from error
     if setup is None:

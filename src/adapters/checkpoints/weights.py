@@ -160,15 +160,11 @@ def report(fit: Fit, asked: str, loading_info: dict[str, Any] | None, complete: 
     if loading_info is not None:
         for key, values in found.items():
             loading_info.setdefault(key, []).extend(values)
-    parts = (
-        [f"{len(fit.missing)} tensors are not in the file and keep their start values ({_some(fit.missing)})"]
-        if fit.missing
-        else []
-    )
+    parts = []
+    if fit.missing:
+        parts.append(f"{len(fit.missing)} tensors are not in the file and keep their values ({_some(fit.missing)})")
     if fit.unexpected and complete:
-        parts.append(
-            f"{len(fit.unexpected)} tensors of the file are for no module of this model ({_some(fit.unexpected)})"
-        )
+        parts.append(f"{len(fit.unexpected)} tensors in the file have no place here ({_some(fit.unexpected)})")
     if parts:
         warnings.warn(f"{asked}: {' and '.join(parts)}. Check that the checkpoint is for this model.", stacklevel=5)
 
