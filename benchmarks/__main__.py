@@ -6,6 +6,7 @@ Prints the tables and writes them to ``docs/benchmarks.md``.
 import argparse
 import copy
 import platform
+import sys
 from collections.abc import Iterator
 from datetime import date
 from functools import partial
@@ -59,7 +60,8 @@ def main() -> None:
     shapes = [TINY] if arguments.tiny else [
         shape for shape in (MINILM, BERT_BASE) if not arguments.shapes or shape.name in arguments.shapes
     ]  # fmt: skip
-    parts: list[str] = [HEADER.format(length=LENGTH, rounds=arguments.rounds, machine=machine())]
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    parts: list[str] = [HEADER.format(length=LENGTH, command=command, machine=machine())]
     for part in measure(shapes, arguments.rounds):
         print(part, flush=True)
         parts.append(part)
@@ -200,7 +202,7 @@ def machine() -> str:
 
 HEADER = """# Benchmarks
 
-Written by `make bench` with {rounds} rounds: {machine}.
+Written by `{command}`: {machine}.
 
 One thread, random weights, float32, {length} tokens. In each round every variant runs once, in a new order, in one
 process; the numbers are ratios of the least CPU times. "bare, again" is the bare model a second time: how far it is
