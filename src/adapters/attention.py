@@ -7,6 +7,7 @@ model's config, which decides how masks are built, stays as it is.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -87,7 +88,8 @@ class AttentionSite(Site):
     def attach(self) -> list[RemovableHandle]:
         """Give the attention module its view of the config, and note the hidden states it is called with."""
         host: Any = self.host
-        if not hasattr(host, "config"):
+        forward = inspect.unwrap(type(host).forward)
+        if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
             raise AdapterError(
                 f"add_adapter: the attention at {self.host_path} does not use transformers' attention functions, so "
                 "prefixes have no way in; use LoRA or a bottleneck adapter for this model."
@@ -98,7 +100,7 @@ class AttentionSite(Site):
     def detach(self) -> None:
         """Give the config back."""
         host: Any = self.host
-        if isinstance(host.config, ConfigView):
+        if isinstance(vars(host).get("config"), ConfigView):
             host.config = host.config.__dict__["config"]
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

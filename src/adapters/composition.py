@@ -385,6 +385,13 @@ def _evaluate_multitask(tree: MultiTask, signal: S, site: Site) -> S:
     tasks = site.task_ids(tree)
     if signal.rows is not None:
         tasks = tasks[signal.rows]
+    elif site.rows_are_expanded and len(tasks) and len(signal) % len(tasks) == 0:
+        tasks = tasks.repeat_interleave(len(signal) // len(tasks))
+    if len(tasks) != len(signal) or int(tasks.min()) < 0 or int(tasks.max()) >= len(tree):
+        raise CompositionError(
+            f"{tree}: task_ids={tasks.tolist()} for {len(signal)} rows; give each row one number from 0 to "
+            f"{len(tree) - 1}, or a child's name."
+        )
     order = torch.argsort(tasks, stable=True)
     sizes = torch.bincount(tasks, minlength=len(tree)).tolist()
     sorted_signal = signal.take(order)

@@ -17,7 +17,7 @@ from .configuration.base import AdapterConfig
 from .context import AdapterSetup, state
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
 from .interfaces import PREFIX_LOCATIONS
-from .method import AdapterModule, methods_of
+from .method import AdapterModule, methods_of, seeded
 from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
 from .sites import LinearSite, Place, Site, SublayerSite, child, child_dict, remove_child
@@ -117,11 +117,13 @@ class SiteMap:
                     f"add_adapter({name!r}): Multiple adapter definitions conflict: two members of the union want a "
                     f"module at {taken[0].path}; give them different locations or leave_out."
                 )
-            shared = method.share(config, sites) if sites else None
+            with seeded(config.get("init_weights_seed")):
+                shared = method.share(config, sites) if sites else None
             if shared is not None:
                 self._put_shared(method.shared_container, name, shared)
             for site in sites:
-                module = method(config, site, shared)
+                with seeded(config.get("init_weights_seed")):
+                    module = method(config, site, shared)
                 _like(site, module, keep_dtype=config.get("dtype") is not None)
                 site.put(name, module)
             found = found or bool(sites)
