@@ -388,16 +388,47 @@ def test_version_1_folders(tmp_path):
     same(trained(model, "a"), trained(loaded, "a"))
 
 
-@pytest.mark.parametrize(("version", "alpha"), [("adapters.1.0.1", 2), ("adapters.1.1.0", 16), ("3.2.1", 16)])
-def test_lora_scaling_before_1_1_0(version, alpha, tmp_path, recwarn):
+@pytest.mark.parametrize(
+    ("version", "gated", "alpha"),
+    [
+        ("adapters.1.0.1", False, 2),
+        ("adapters.1.1.0", False, 16),
+        ("3.2.1", False, 16),
+        ("adapters.1.3.0", True, 2),
+        ("3.2.1", True, 2),
+        ("adapters.2.0.0.dev0", True, 16),
+    ],
+)
+def test_lora_scaling_that_former_versions_ignored(version, gated, alpha, tmp_path, recwarn):
     model = bare()
-    model.add_adapter("a", config=LoRAConfig(r=2, alpha=16))
+    model.add_adapter("a", config=LoRAConfig(r=2, alpha=16, use_gating=gated))
     model.save_adapter(tmp_path, "a")
     edit(tmp_path, version=version)
     loaded = bare()
     loaded.load_adapter(tmp_path)
     assert loaded.adapters_config.get("a").alpha == alpha
     assert ["ignored alpha" in str(warning.message) for warning in recwarn] == [True] * (alpha == 2)
+
+
+@pytest.mark.parametrize(("flag", "keys"), [(True, True), (False, True), (True, False)])
+def test_modules_after_the_cross_attention_of_a_bert_decoder(flag, keys, tmp_path):
+    """1.x has them where `mh_adapter` is set, whatever `cross_adapter` says."""
+
+    def decoder():
+        torch.manual_seed(0)
+        cross = {"is_decoder": True, "add_cross_attention": True}
+        model = AutoModel.from_config(BertConfig.from_dict(config("bert").to_dict() | cross))
+        adapters.init(model)
+        return model
+
+    saved = decoder()
+    saved.add_adapter("a", config=BnConfig(True, True, 4, "relu", cross_adapter=keys))
+    saved.save_adapter(tmp_path, "a")
+    edit(tmp_path, config={**settings(tmp_path)["config"], "cross_adapter": flag})
+    assert any(".crossattention.output.adapters." in key for key in load_file(tmp_path / "adapter.safetensors")) is keys
+    loaded = decoder()
+    loaded.load_adapter(tmp_path)
+    same(trained(saved, "a"), trained(loaded, "a"))
 
 
 def test_the_aliases_of_prefixes_are_read(tmp_path):

@@ -87,18 +87,17 @@ def _flatten_invertible(config: dict[str, Any], full: Mapping[str, Any], weights
 
 def _fix_lora_scaling(config: dict[str, Any], full: Mapping[str, Any], file: Path) -> None:
     """Before 1.1.0 the factor alpha / r was forgotten, with gating until 2.0: such a LoRA was trained with 1."""
-    version = full.get("version", "")
-    gated = bool(config.get("use_gating"))
-    if config.get("architecture") != "lora" or not (gated or version.startswith(LIBRARY)):
+    version, gated = full.get("version", ""), bool(config.get("use_gating"))
+    if config.get("architecture") != "lora" or config.get("r") == config.get("alpha"):
         return
-    try:
-        written = Version(version.removeprefix(LIBRARY) or "0")
+    faulty = gated  # as with all that adapter-transformers wrote, which states its own bare version or none
+    if version.startswith(LIBRARY):
+        try:
+            written = Version(version.removeprefix(LIBRARY))
+        except InvalidVersion as error:
+            raise CheckpointError(f"{str(file)!r}: 'version' is {version!r}, not like 'adapters.1.3.0'.") from error
         faulty = written < (GATED_LORA_SCALING_FIXED if gated else LORA_SCALING_FIXED)
-    except InvalidVersion as error:
-        raise CheckpointError(
-            f"{str(file)!r}: 'version' is {version!r}; it must read like 'adapters.1.3.0'."
-        ) from error
-    if faulty and config.get("r") != config.get("alpha"):
+    if faulty:
         warnings.warn(
             f"{str(file)!r}: {version or 'the version'}, which wrote this LoRA, ignored alpha; alpha is set to "
             f"r = {config.get('r')}, so that it computes what it was trained for.",
