@@ -54,7 +54,7 @@ ROWS, LENGTH = 4, 6
 METHODS: dict[str, AdapterConfig] = {
     name: AdapterConfig.load(text)
     for name, text in {
-        "seq_bn": "seq_bn[reduction_factor=4,non_linearity=leakyrelu]",  # no unit of it is ever dead
+        "seq_bn": "seq_bn[reduction_factor=4,non_linearity='leakyrelu']",  # no unit of it is ever dead
         "double_seq_bn": "double_seq_bn[reduction_factor=4,cross_adapter=True]",
         "par_bn": "par_bn[reduction_factor=4]",
         "scaled_par_bn": "scaled_par_bn[reduction_factor=4]",
