@@ -15,21 +15,9 @@ PACKAGE_LINES, FILE_LINES, FUNCTION_LINES = 7_500, 400, 40
 EXCEPTIONS = {"model.py": 600}
 # A part may import the parts before it. `import adapters` itself imports none: its names are resolved on first use.
 ORDER = ["errors", "configuration", "signals", "composition", "context", "sites", "attention", "method", "methods"]
-ORDER += [
-    "configuration.resolve",
-    "configuration.model_adapters_config",
-    "interfaces",
-    "topology",
-    "trace",
-    "sitemap",
-    "summary",
-    "checkpoints",
-    "model",
-    "wrap",
-    "heads",
-    "auto",
-]
-ORDER += ["training", "trainer", "cli"]
+ORDER += ["configuration.resolve", "configuration.model_adapters_config"]
+ORDER += ["interfaces", "topology", "trace", "sitemap", "summary", "checkpoints", "loading", "model", "wrap", "heads"]
+ORDER += ["auto", "training", "trainer", "cli"]
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 
 

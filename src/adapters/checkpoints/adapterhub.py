@@ -138,14 +138,8 @@ def load_adapter(
         if head is not None:
             heads.place_head(model, head, asked, set_active, loading_info, changes)
         for loader in custom_weights_loaders or ():
-            loader.load(
-                str(folder),
-                load_as=load_as,
-                loading_info=loading_info,
-                main_load_name=adapter.name,
-                id2label=id2label,
-                set_active=set_active,
-            )
+            names = {"load_as": load_as, "main_load_name": adapter.name}
+            loader.load(str(folder), loading_info=loading_info, id2label=id2label, set_active=set_active, **names)
     return adapter.name
 
 
