@@ -25,6 +25,8 @@ from .sites import Sublayer
 from .topology import Block
 
 PASS_THROUGH = {"dropout", "to", "type", "type_as", "float", "contiguous", "reshape", "view", "clone"}
+ANSWERS = {"__bool__": True, "__contains__": False}
+"""What models ask of a tensor without data: is the whole mask seen (yes), is there a padding token (no)."""
 ADDS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
@@ -83,8 +85,10 @@ class Watcher(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func` and note what it did."""
-        result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name in ANSWERS and args[0].is_meta:
+            return ANSWERS[name]
+        result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
             if name in ADDS and len(args) > 1 and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
                 terms = (self.note(args[0]), self.note(args[1]))
