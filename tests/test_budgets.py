@@ -14,7 +14,8 @@ TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
 PACKAGE_LINES, FILE_LINES, FUNCTION_LINES = 7_500, 400, 40
 EXCEPTIONS = {"model.py": 600}
 # A part may import the parts before it. `import adapters` itself imports none: its names are resolved on first use.
-ORDER = ["errors", "configuration", "signals", "composition", "context", "sites", "attention", "method", "methods"]
+ORDER = ["errors", "configuration", "signals", "composition", "context", "containers"]
+ORDER += ["evaluation", "sites", "attention", "method", "methods"]
 ORDER += ["configuration.resolve", "configuration.model_adapters_config"]
 ORDER += ["interfaces", "topology", "trace", "sitemap", "summary", "checkpoints", "loading", "model", "wrap", "heads"]
 ORDER += ["auto", "training", "trainer", "cli"]

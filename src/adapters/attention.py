@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .composition import Setup, evaluate
+from .composition import Setup
+from .containers import child, remove_child
 from .errors import AdapterError
+from .evaluation import evaluate
 from .signals import PrefixSignal
-from .sites import Kept, Place, Site, child, remove_child
+from .sites import Kept, Place, Site
 
 IMPLEMENTATION = "adapters"
 

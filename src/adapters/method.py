@@ -43,6 +43,11 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
     def wants(cls, config: Any, site: Any) -> bool:
         """Does `config` put a module at `site`?"""
 
+    @classmethod
+    def asks_for(cls, config: Any) -> set[str]:
+        """The locations where `config` explicitly asks for modules; a model without one of them is refused."""
+        return set()
+
     @abstractmethod
     def forward(self, signal: S) -> S:
         """The mathematics of the method: a signal in, a signal of the same rows out."""

@@ -18,7 +18,7 @@ from .configuration.base import AdapterConfig
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .configuration.registry import DEFAULT_ADAPTER_CONFIG
 from .context import keeping_context
-from .errors import AdapterError, UnknownAdapterError, listing
+from .errors import AdapterError, ConfigError, UnknownAdapterError, listing
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
 from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
@@ -49,6 +49,10 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         from .wrap import enable
 
         base: Any = self.base_model
+        if base is not self and isinstance(base, ModelAdaptersMixin):
+            enable(self)
+            self.adapters_config, self.adapter_sites = base.adapters_config, base.adapter_sites
+            return
         listed = self.config.__dict__.pop("adapters", None)
         configured = adapters_config or ModelAdaptersConfig(**(listed or {}))
         sites = SiteMap(base)
@@ -81,8 +85,13 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         Example:
             >>> model.add_adapter("sst-2", config="lora[r=16]")
         """
-        loaded = AdapterConfig.load(config or DEFAULT_ADAPTER_CONFIG)
-        taken = adapter_name in self.adapters_config
+        loaded = AdapterConfig.load(DEFAULT_ADAPTER_CONFIG if config is None else config)
+        if loaded is None:
+            raise ConfigError(
+                f"add_adapter({adapter_name!r}, config={config!r}): the configuration is empty; leave it out for the "
+                f"default, {DEFAULT_ADAPTER_CONFIG!r}, or name one."
+            )
+        taken = isinstance(adapter_name, str) and adapter_name in self.adapters_config
         if taken and not overwrite_ok:
             raise AdapterError(
                 f"add_adapter({adapter_name!r}): An adapter with the name {adapter_name!r} has already been added; "
@@ -249,6 +258,11 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         Example:
             >>> model.train_adapter("sst-2")
         """
+        if not adapter_setup:
+            raise AdapterError(
+                f"train_adapter({adapter_setup!r}): it names no adapter; give one of {listing(self.adapters_config)} "
+                "or a composition of them. freeze_model() freezes the model without training an adapter."
+            )
         ModelAdaptersMixin.set_active_adapters(self, adapter_setup)
         self.train()
         self.freeze_model(True)

@@ -14,13 +14,14 @@ from . import methods as methods  # fills the table of methods
 from .attention import AttentionSite
 from .composition import Block, Fuse, Setup
 from .configuration.base import AdapterConfig
+from .containers import child, child_dict, remove_child
 from .context import AdapterSetup, state
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
 from .interfaces import PREFIX_LOCATIONS
 from .method import AdapterModule, methods_of, seeded
 from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
-from .sites import LinearSite, Place, Site, SublayerSite, child, child_dict, remove_child
+from .sites import LinearSite, Place, Site, SublayerSite
 from .topology import Block as ModelBlock
 from .topology import Core, read_blocks
 from .trace import trace_sublayers
@@ -110,6 +111,7 @@ class SiteMap:
     def _add_member(self, name: str, config: AdapterConfig) -> None:
         found = False
         for method in methods_of(config):
+            self._check_asked(name, config, method)
             sites = [site for site in self.of(method.site_type) if method.wants(config, site)]
             taken = [site for site in sites if name in site.adapters]
             if taken:
@@ -122,6 +124,7 @@ class SiteMap:
             if shared is not None:
                 self._put_shared(method.shared_container, name, shared)
             for site in sites:
+                self._check_host(name, site)
                 with seeded(config.get("init_weights_seed")):
                     module = method(config, site, shared)
                 _like(site, module, keep_dtype=config.get("dtype") is not None)
@@ -130,9 +133,34 @@ class SiteMap:
         if not found:
             self._refuse(name, config)
 
+    def _check_asked(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> None:
+        known = {site.location for site in self.of(method.site_type)}
+        missing = sorted(method.asks_for(config) - known) if known else []
+        if missing:
+            raise AdapterError(
+                f"add_adapter({name!r}, {type(config).__name__}): {type(self.base_model).__name__} has no site for "
+                f"{listing(missing)}; found were {listing(sorted(known))}. Switch the others off in the configuration."
+            )
+
+    def _check_host(self, name: str, site: Site) -> None:
+        module: Any = self.base_model
+        for part in site.host_path.split("."):
+            module = module._modules.get(part) if module is not None else None
+        if module is not site.host:
+            raise AdapterError(
+                f"add_adapter({name!r}): the module at {site.host_path} is not the one that adapters.init saw; change "
+                "modules before adapters.init."
+            )
+
     def _refuse(self, name: str, config: AdapterConfig) -> None:
         kinds = {method.site_type for method in methods_of(config)}
         known = sorted({site.location for kind in kinds for site in self.of(kind)})
+        if not known:
+            raise AdapterError(
+                f"add_adapter({name!r}, {type(config).__name__}): this version cannot read where the method sits in "
+                f"{type(self.base_model).__name__}; models are read whose attention has separate q, k and v "
+                "projections, or GPT-2's fused one."
+            )
         raise AdapterError(
             f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(self.base_model).__name__}; "
             f"this model has the locations {listing(known)} for the method. Switch one of them on in the "

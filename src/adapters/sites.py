@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .composition import Block, Fuse, MultiTask, Setup, evaluate
+from .composition import Block, Fuse, MultiTask, Setup
+from .containers import child, child_dict, remove_child
 from .context import current, state
 from .errors import CompositionError, listing
+from .evaluation import evaluate
 from .signals import LinearSignal, Signal, SublayerSignal
 
 if TYPE_CHECKING:
@@ -31,14 +33,6 @@ class SiteOwner(Protocol):
 
     def plan_outside_forward(self, site: Site) -> Setup:
         """What acts at `site` when the model's own forward is not running."""
-
-
-class AdapterDict(nn.ModuleDict):
-    """Modules by adapter name; unlike its base it takes every name, also ``train`` or ``keys``."""
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        """Register `module` under `key`."""
-        self._modules[key] = module
 
 
 @dataclass(frozen=True)
@@ -188,6 +182,12 @@ class Site:
                 f"{tree}: the forward call has no task_ids; pass task_ids=, one child of the block for each row."
             )
         return forward.task_ids
+
+    @property
+    def rows_are_repeated(self) -> bool:
+        """Whether the batch of the pass in progress has a copy for every channel of Parallel."""
+        forward = current()
+        return forward is not None and forward.sites is self.owner and forward.repeated
 
     @property
     def rows_are_expanded(self) -> bool:
@@ -373,26 +373,3 @@ class SublayerSite(Site):
         outputs = [evaluate(child, signal, self) for child in tree.children if child is not None]
         fused: S = self.fusions[tree.name](signal, outputs, last)
         return fused
-
-
-def child(module: nn.Module, name: str) -> nn.Module:
-    """The child module of that name, an empty one if there is none yet."""
-    if name not in module._modules:
-        module.add_module(name, nn.Module().train(module.training))
-    return module.get_submodule(name)
-
-
-def child_dict(module: nn.Module, name: str) -> AdapterDict:
-    """The dict of adapters below `module`, an empty one if there is none yet."""
-    found = module._modules.get(name)
-    if not isinstance(found, AdapterDict):
-        found = AdapterDict().train(module.training)
-        module.add_module(name, found)
-    return found
-
-
-def remove_child(module: nn.Module, name: str) -> None:
-    """Remove the child of that name if nothing is below it."""
-    found = module._modules.get(name)
-    if found is not None and not found._modules:
-        del module._modules[name]

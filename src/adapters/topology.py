@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -19,7 +20,9 @@ SEPARATE = {
     "k": {"k_proj", "key", "k", "k_lin", "linear_k", "key_proj"},
     "v": {"v_proj", "value", "v", "v_lin", "linear_v", "value_proj"},
 }
-FUSED_IN_THIRDS = {"c_attn"}
+FUSED = "c_attn"
+QUERY_BESIDE_FUSED = "q_attn"
+OUTPUTS = {"o_proj", "out_proj", "dense", "o", "out_lin", "c_proj", "proj", "linear_out", "wo", "Wo", "to_out"}
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
@@ -113,8 +116,12 @@ def _core_parts(module: nn.Module) -> dict[str, str]:
     parts = {part: name for part, known in SEPARATE.items() for name in names if name in known}
     if len(parts) == len(SEPARATE):
         return parts
-    fused = [name for name in names if name in FUSED_IN_THIRDS]
-    return dict.fromkeys(SEPARATE, fused[0]) if fused else {}
+    if FUSED not in names:
+        return {}
+    if QUERY_BESIDE_FUSED in names:
+        return {"q": QUERY_BESIDE_FUSED, "k": FUSED, "v": FUSED}
+    inputs, outputs = linear_shape(module.get_submodule(FUSED)) or (0, 0)
+    return dict.fromkeys(SEPARATE, FUSED) if outputs == 3 * inputs else {}
 
 
 def _linears(block: nn.Module, path: str) -> list[Linear]:
@@ -132,12 +139,13 @@ def _cores(block: nn.Module, path: str, config: object, linears: list[Linear]) -
             continue
         core_path = f"{path}.{name}" if name else path
         projections = {part: by_path[f"{core_path}.{child}"] for part, child in parts.items()}
-        if len(set(parts.values())) == 1:
-            projections = {part: _third(linear, part) for part, linear in projections.items()}
+        fused = [part for part, child in parts.items() if child == FUSED]
+        for position, part in enumerate(fused):
+            projections[part] = _slice(projections[part], part, position, len(fused))
         last = max(order.index(linear.path) for linear in projections.values())
         width = projections["q"].inputs
         after = [by_path[other] for other in order[last + 1 :]]
-        output = next((linear for linear in after if linear.outputs == width), None)
+        output = next((linear for linear in after if _gives_output(linear, width, projections["q"].outputs)), None)
         if output is not None:
             projections["o"] = output
         yield Core(
@@ -145,9 +153,13 @@ def _cores(block: nn.Module, path: str, config: object, linears: list[Linear]) -
         )
 
 
-def _third(fused: Linear, part: str) -> Linear:
-    width = fused.outputs // 3
-    return Linear(fused.path, fused.module, fused.inputs, width, "qkv".index(part) * width, part)
+def _slice(fused: Linear, part: str, position: int, parts: int) -> Linear:
+    width = fused.outputs // parts
+    return Linear(fused.path, fused.module, fused.inputs, width, position * width, part)
+
+
+def _gives_output(linear: Linear, width: int, heads: int) -> bool:
+    return linear.path.rsplit(".", 1)[-1] in OUTPUTS and (linear.inputs, linear.outputs) == (heads, width)
 
 
 def _head_width(module: nn.Module, config: object, projections: dict[str, Linear]) -> int:
@@ -159,7 +171,16 @@ def _head_width(module: nn.Module, config: object, projections: dict[str, Linear
 
 
 def _feed_forward(rest: list[Linear], cores: tuple[Core, ...], swapped: bool) -> dict[str, Linear]:
-    if len(rest) < 2 or not cores or rest[-1].outputs != cores[0].projections["q"].inputs:
+    """The pair of maps from the width to an inner one and back; of several pairs the one with the widest inside."""
+    width = cores[0].projections["q"].inputs if cores else 0
+    pairs = [
+        (first, second)
+        for first, second in pairwise(rest)
+        if first.inputs == second.outputs == width and second.inputs in (first.outputs, first.outputs // 2)
+    ]
+    widest = max((second.inputs for _, second in pairs), default=0)
+    found = [pair for pair in pairs if pair[1].inputs == widest]
+    if len(found) != 1:
         return {}
     names = ("output", "intermediate") if swapped else ("intermediate", "output")
-    return dict(zip(names, rest[-2:], strict=True))
+    return dict(zip(names, found[0], strict=True))

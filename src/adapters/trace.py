@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from .context import AdapterSetup
+from .errors import AdapterError
 from .sites import Sublayer
 from .topology import Block
 
@@ -115,7 +116,7 @@ class Watcher(TorchFunctionMode):
 
 def trace_sublayers(base_model: nn.Module, blocks: list[Block]) -> dict[str, dict[str, Sublayer]]:
     """For every block path, its sub-layers by role: "self_attention", "cross_attention", "feed_forward"."""
-    watcher = _watch(base_model, blocks)
+    watcher = _watch_or_refuse(base_model, blocks)
     first_calls: dict[nn.Module, Call] = {}
     for call in watcher.calls:
         first_calls.setdefault(call.module, call)
@@ -124,6 +125,16 @@ def trace_sublayers(base_model: nn.Module, blocks: list[Block]) -> dict[str, dic
         for block in blocks
         if block.module in first_calls
     }
+
+
+def _watch_or_refuse(base_model: nn.Module, blocks: list[Block]) -> Watcher:
+    try:
+        return _watch(base_model, blocks)
+    except Exception as error:
+        raise AdapterError(
+            f"add_adapter: where the sub-layers of {type(base_model).__name__} begin and end could not be read, since "
+            f"a pass on the smallest input failed: {error}; use LoRA or prefix tuning for this model."
+        ) from error
 
 
 def _watch(base_model: nn.Module, blocks: list[Block]) -> Watcher:
@@ -147,13 +158,20 @@ def _run(base_model: nn.Module, call: Callable[[], Any]) -> Watcher:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and with feed-forward layers that see whole sequences: a chunk is none of them."""
     modes = [(module, module.training) for module in model.modules()]
+    chunks = [module for module in model.modules() if vars(module).get("chunk_size_feed_forward")]
+    sizes = [module.chunk_size_feed_forward for module in chunks]
     model.eval()
+    for module in chunks:
+        module.chunk_size_feed_forward = 0  # type: ignore[assignment]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, size in zip(chunks, sizes, strict=True):
+            module.chunk_size_feed_forward = size
 
 
 @contextmanager

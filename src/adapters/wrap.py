@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,6 +59,19 @@ def init(
             "adapters.init(interface=…): this version reads where adapters sit off the model and takes no interface; "
             "leave the argument out."
         )
+    parts = (part for part in model.modules() if part is not model.base_model)
+    inside = [part for part in parts if isinstance(part, ModelAdaptersMixin)]
+    if any(part.has_adapters() for part in inside):
+        raise AdapterError(
+            f"adapters.init({type(model).__name__}): a part of it, {type(inside[0]).__name__}, has adapters of its "
+            "own; initialise the whole model first and add the adapters then."
+        )
+    if vars(model.config).get("adapters") and adapters_config is None:
+        warnings.warn(
+            f"adapters.init({type(model).__name__}): the checkpoint has adapters, of which from_pretrained read no "
+            "weights; they are made anew. Read them with adapters.load_model(path, model_class).",
+            stacklevel=2,
+        )
     ModelAdaptersMixin.init_adapters(cast(ModelAdaptersMixin, model), adapters_config)
     return None
 
@@ -91,9 +105,10 @@ def load_model(
         ModelAdaptersMixin.init_adapters(self)
 
     building: Any = type(model_class.__name__, (model_class,), {"__init__": build, **_names(model_class)})
-    model: Any = building.from_pretrained(model_name_or_path, *model_args, **kwargs)
+    loaded: Any = building.from_pretrained(model_name_or_path, *model_args, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
     model.__class__ = adapted_class(model_class)
-    return cast(PreTrainedModel, model)
+    return cast(PreTrainedModel, loaded)
 
 
 def enable(model: Any) -> None:
@@ -300,8 +315,9 @@ def _generate(cls: Any) -> Callable[..., Any]:
             batch = _batch_size((inputs, *kwargs.values()))
             inputs = repeated(inputs, batch, channels)
             kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
+        given = (inputs,) if inputs is not None or args else ()
         with generating(self.adapter_sites):
-            return cls.generate(self, inputs, *args, **kwargs)
+            return cls.generate(self, *given, *args, **kwargs)
 
     return generate
 

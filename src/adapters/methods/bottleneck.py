@@ -244,6 +244,11 @@ class Bottleneck(AdapterModule[SublayerSignal]):
             )
         return bool(config[site.location]) and site.layer not in config.leave_out
 
+    @classmethod
+    def asks_for(cls, config: BnConfig) -> set[str]:
+        """The location flags that are set."""
+        return {location for location in SublayerSite.locations.values() if config[location]}
+
     def _initialise(self, down: nn.Linear) -> None:
         scheme, gates = self.config.init_weights, [self.gate] if self.gate is not None else []
         up = self.adapter_up
@@ -280,7 +285,10 @@ class Bottleneck(AdapterModule[SublayerSignal]):
 
     def finish(self, signal: SublayerSignal, hidden: Tensor, residual: Tensor) -> SublayerSignal:
         """The sub-layer's new output from the adapter's input and its residual."""
-        config = self.config
+        config, dtype = self.config, hidden.dtype
+        own = self.adapter_up.weight.dtype
+        if own != dtype:
+            hidden, residual = hidden.to(own), residual.to(own)
         update = self.adapter_up(self.adapter_down(hidden))
         if config.stochastic_depth and self.training and not config.is_parallel:
             update = _drop_rows(update, config.stochastic_depth)
@@ -297,6 +305,8 @@ class Bottleneck(AdapterModule[SublayerSignal]):
             output = norm(output + residual) if inside else norm(output) + residual
         else:
             output = output + residual
+        if own != dtype:
+            output, update = output.to(dtype), update.to(dtype)
         return self.concluded(replace(signal, hidden=output, update=update))
 
     def concluded(self, signal: SublayerSignal) -> SublayerSignal:

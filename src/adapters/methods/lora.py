@@ -132,6 +132,11 @@ class LoRA(AdapterModule[LinearSignal]):
         named = site.location != "selfattn_lora" or site.role in config.attn_matrices
         return bool(config[site.location]) and named and site.layer not in config.leave_out
 
+    @classmethod
+    def asks_for(cls, config: LoRAConfig) -> set[str]:
+        """The location flags that are set."""
+        return {location for location in LinearSite.locations.values() if config[location]}
+
     def _initialise(self, scheme: str) -> None:
         match scheme:
             case "lora":

@@ -13,6 +13,7 @@ from ..configuration.base import AdapterConfig
 from ..configuration.checks import check_activation, check_fraction, check_integer, check_layers
 from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
+from ..errors import AdapterError
 from ..method import AdapterModule, activation, register, seeded
 from ..signals import PrefixSignal
 
@@ -155,6 +156,13 @@ class Prefix(AdapterModule[PrefixSignal]):
         kinds: dict[str, list[AttentionSite]] = {}
         for site in sites:
             kinds.setdefault(site.location, []).append(site)
+        for kind, members in kinds.items():
+            shapes = sorted({(member.heads, member.head_width, member.width) for member in members})
+            if len(shapes) > 1:
+                raise AdapterError(
+                    f"add_adapter: the attentions at {kind} differ in (heads, head width, width): {shapes}; one prefix "
+                    "needs one shape. Leave the layers of the others out with leave_out, or use LoRA."
+                )
         return nn.ModuleDict({kind: PrefixGroup(config, members) for kind, members in kinds.items()})
 
     def forward(self, signal: PrefixSignal) -> PrefixSignal:

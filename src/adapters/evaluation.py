@@ -1,0 +1,102 @@
+"""The one function that gives every composition block its meaning, at every site and for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Setup, Split, Stack
+from .errors import CompositionError
+from .signals import Signal
+
+if TYPE_CHECKING:
+    from .sites import Site
+
+S = TypeVar("S", bound=Signal)
+
+
+def evaluate(tree: Setup, signal: S, site: Site) -> S:
+    """Send `signal` through `tree` at `site`; a name with no module there, or None, is the identity."""
+    if tree is None:
+        return signal
+    if isinstance(tree, str):
+        return site.apply(tree, signal)
+    if isinstance(tree, Stack):
+        for child in tree.children:
+            signal = evaluate(child, signal, site)
+        return signal
+    if isinstance(tree, Fuse):
+        return site.fuse(tree, signal)
+    if isinstance(tree, Average):
+        return type(signal).mean([evaluate(child, signal, site) for child in tree.children], tree.weights)
+    if isinstance(tree, Split):
+        return _evaluate_split(tree, signal, site)
+    if isinstance(tree, MultiTask):
+        return _evaluate_multitask(tree, signal, site)
+    if isinstance(tree, BatchSplit):
+        sizes = _batch_sizes(tree, len(signal), site)
+    else:  # Parallel: the batch was repeated once per child when it entered the model
+        sizes = _channel_sizes(tree, len(signal), site)
+    return _evaluate_rows(tree.children, sizes, signal, site)
+
+
+def _evaluate_rows(children: Sequence[Setup], sizes: Sequence[int], signal: S, site: Site) -> S:
+    parts = zip(children, sizes, signal.split(sizes), strict=True)
+    outputs = [evaluate(child, part, site) for child, size, part in parts if size]
+    return replace(type(signal).cat(outputs), rows=signal.rows)
+
+
+def _channel_sizes(tree: Block, rows: int, site: Site) -> list[int]:
+    if not site.rows_are_repeated or rows % len(tree):
+        raise CompositionError(
+            f"{tree}: a part of the model was called by itself with {rows} rows, which were not repeated for the "
+            f"{len(tree)} channels; call the model as a whole, or this part under AdapterSetup with another block."
+        )
+    return [rows // len(tree)] * len(tree)
+
+
+def _batch_sizes(tree: BatchSplit, rows: int, site: Site) -> list[int]:
+    sizes, total = tree.batch_sizes, sum(tree.batch_sizes)
+    if rows == total:
+        return sizes
+    if total and rows % total == 0 and site.rows_are_expanded:  # generate repeats each row in place for its beams
+        return [size * (rows // total) for size in sizes]
+    raise CompositionError(
+        f"BatchSplit(batch_sizes={sizes}): sizes sum to {total}, the batch has {rows} rows; they must be equal."
+    )
+
+
+def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
+    length = signal.positions()
+    if sum(tree.splits) != length:
+        raise CompositionError(
+            f"Split(splits={tree.splits}): sizes sum to {sum(tree.splits)}, the sequence has {length} positions; they "
+            "must be equal."
+        )
+    parts, start = [], 0
+    for child, size in zip(tree.children, tree.splits, strict=True):
+        if size:
+            parts.append(evaluate(child, signal.window(start, start + size), site))
+        start += size
+    return type(signal).join(parts, 1)
+
+
+def _evaluate_multitask(tree: MultiTask, signal: S, site: Site) -> S:
+    tasks = site.task_ids(tree)
+    if signal.rows is not None:
+        tasks = tasks[signal.rows]
+    elif site.rows_are_expanded and len(tasks) and len(signal) % len(tasks) == 0:
+        tasks = tasks.repeat_interleave(len(signal) // len(tasks))
+    if len(tasks) != len(signal) or int(tasks.min()) < 0 or int(tasks.max()) >= len(tree):
+        raise CompositionError(
+            f"{tree}: task_ids={tasks.tolist()} for {len(signal)} rows; give each row one number from 0 to "
+            f"{len(tree) - 1}, or a child's name."
+        )
+    order = torch.argsort(tasks, stable=True)
+    sizes = torch.bincount(tasks, minlength=len(tree)).tolist()
+    sorted_signal = signal.take(order)
+    output = _evaluate_rows(tree.children, sizes, sorted_signal, site)
+    return replace(output.take(torch.argsort(order)), rows=signal.rows)
