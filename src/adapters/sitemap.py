@@ -135,7 +135,9 @@ class SiteMap:
 
     def _check_asked(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> None:
         known = {site.location for site in self.of(method.site_type)}
-        missing = sorted(method.asks_for(config) - known) if known else []
+        crossing = any(core.role == "cross_attention" for block in self.blocks for core in block.cores)
+        without_meaning = set() if crossing else {SublayerSite.locations["cross_attention"]}
+        missing = sorted(method.asks_for(config) - known - without_meaning) if known else []
         if missing:
             raise AdapterError(
                 f"add_adapter({name!r}, {type(config).__name__}): {type(self.base_model).__name__} has no site for "
