@@ -41,11 +41,11 @@ from matplotlib import pyplot
 
 SEED = 0
 TOKENS = 64  # of each article: the headline and the first sentences
-TRAIN, VALIDATION, TEST = 800, 100, 1000  # articles
+TRAIN, VALIDATION, TEST = 800, 100, 700  # articles
 BATCH = 16  # divides TRAIN
 WARM_UP = 0.1  # of all steps
 SMOOTH = 10  # steps of the drawn loss
-LOOKS = 2  # at the validation articles, per epoch
+LOOKS = 1  # at the validation articles, per epoch
 OUTPUT = Path("demo-output")
 EXAMPLES = (
     "The striker scored twice in the second half as the visitors won the cup final in extra time.",
