@@ -82,13 +82,20 @@ def keeping_context(function: Callable[..., Any]) -> Callable[..., Any]:
     now = state.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        previous, state.forward = state.forward, now
-        try:
+        with within(now):
             return function(*args, **kwargs)
-        finally:
-            state.forward = previous
 
     return run
+
+
+@contextmanager
+def within(forward: Forward | None) -> Iterator[None]:
+    """Under the pass `forward`, which another one may be part of."""
+    previous, state.forward = state.forward, forward
+    try:
+        yield
+    finally:
+        state.forward = previous
 
 
 def token_mean(values: Tensor, stack: str, rows: Tensor | None) -> Tensor:

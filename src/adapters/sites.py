@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .composition import Block, Fuse, MultiTask, Setup
+from .composition import Block, Fuse, MultiTask, Setup, Stack
 from .containers import child, child_dict, remove_child
 from .context import current, state
 from .errors import CompositionError, listing
@@ -152,7 +152,7 @@ class Site:
             children = [self.resolve(child) for child in setup.children]
             if all(child is None for child in children):
                 return None
-            if type(setup).__name__ == "Stack":
+            if isinstance(setup, Stack):
                 children = [child for child in children if child is not None]
                 if len(children) == 1:
                     return children[0]

@@ -6,7 +6,6 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,8 +15,9 @@ from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.generic import ModelOutput
 
+from .composition import MultiTask
 from .configuration.model_adapters_config import ModelAdaptersConfig
-from .context import Forward, Record, generating, state
+from .context import Forward, Record, generating, state, within
 from .errors import AdapterError, CompositionError
 from .model import ModelAdaptersMixin
 
@@ -224,7 +224,7 @@ def _task_ids(task_ids: Any, setup: Any) -> Tensor | None:
 
 
 def _multitasks(setup: Any) -> Iterator[Any]:
-    if type(setup).__name__ == "MultiTask":
+    if isinstance(setup, MultiTask):
         yield setup
     for child in getattr(setup, "children", ()):
         yield from _multitasks(child)
@@ -326,17 +326,8 @@ def _encoder_step(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def prepare(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         own = {name: model_kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in model_kwargs}
-        with _pass(_open(self, own, model_kwargs)):
+        with within(_open(self, own, model_kwargs)):
             prepared = step(self, inputs_tensor, model_kwargs, *args, **kwargs)
         return {**prepared, **own}
 
     return prepare
-
-
-@contextmanager
-def _pass(forward: Forward) -> Iterator[None]:
-    previous, state.forward = state.forward, forward
-    try:
-        yield
-    finally:
-        state.forward = previous

@@ -138,23 +138,18 @@ class LoRA(AdapterModule[LinearSignal]):
         return {location for location in LinearSite.locations.values() if config[location]}
 
     def _initialise(self, scheme: str) -> None:
-        match scheme:
-            case "lora":
-                if self.lora_A is not None:
-                    nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-                nn.init.zeros_(self.lora_B)
-            case "bert":
-                for matrix in (self.lora_A, self.lora_B):
-                    if matrix is not None:
-                        nn.init.normal_(matrix, std=0.02)
-            case "ia3":
-                for matrix in (self.lora_A, self.lora_B):
-                    if matrix is not None:
-                        nn.init.ones_(matrix)
-            case _:
-                for matrix in (self.lora_A, self.lora_B):
-                    if matrix is not None:
-                        nn.init.kaiming_uniform_(matrix)
+        for matrix in (self.lora_B,) if self.lora_A is None else (self.lora_A, self.lora_B):
+            match scheme:
+                case "lora" if matrix is self.lora_B:
+                    nn.init.zeros_(matrix)
+                case "lora":
+                    nn.init.kaiming_uniform_(matrix, a=5**0.5)
+                case "bert":
+                    nn.init.normal_(matrix, std=0.02)
+                case "ia3":
+                    nn.init.ones_(matrix)
+                case _:
+                    nn.init.kaiming_uniform_(matrix)
         if self.gate is not None:
             nn.init.normal_(self.gate.weight, std=0.02)
 
