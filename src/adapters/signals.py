@@ -93,10 +93,14 @@ class Signal:
 
 @dataclass(frozen=True)
 class LinearSignal(Signal):
-    """At a linear map W: its input x (b, s, in) and its output (b, s, out), which starts as Wx."""
+    """At a linear map W: its input x (b, s, in) and its output (b, s, out), which starts as Wx.
+
+    owned: nobody else holds the output and no gradient is asked for, so that it may be changed in place.
+    """
 
     x: Tensor
     output: Tensor
+    owned: bool = False
 
 
 @dataclass(frozen=True)

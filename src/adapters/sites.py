@@ -235,11 +235,13 @@ class LinearSite(Site):
         plan = self.plan()
         if plan is None:
             return None
+        owned = isinstance(plan, str) and not torch.is_grad_enabled()
         if not self.part:
-            return evaluate(plan, LinearSignal(None, args[0], output), self).output
+            return evaluate(plan, LinearSignal(None, args[0], output, owned), self).output
         stop = self.start + self.outputs
-        part = evaluate(plan, LinearSignal(None, args[0], output[..., self.start : stop]), self).output
-        return torch.slice_scatter(output, part, -1, self.start, stop)
+        own = output[..., self.start : stop]
+        part = evaluate(plan, LinearSignal(None, args[0], own, owned), self).output
+        return output if part is own else torch.slice_scatter(output, part, -1, self.start, stop)
 
 
 class Kept(threading.local):

@@ -165,10 +165,8 @@ class LoRA(AdapterModule[LinearSignal]):
             factor = factor if gate is None else factor * gate[:, None]
             return replace(signal, output=signal.output * factor.to(signal.output.dtype))
         x = dropout(x, self.config.dropout, self.training) if self.config.dropout else x
-        low = linear(x.to(self.lora_A.dtype), self.lora_A)
-        if gate is not None:
-            low = low * gate[:, None]
-        return replace(signal, output=_plus_product(signal.output, low, self.lora_B, self.scale))
+        x = x if x.dtype == self.lora_A.dtype else x.to(self.lora_A.dtype)
+        return plus_low_rank(signal, x, self.lora_A, self.lora_B, self.scale, gate)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + (alpha / r) B A, or (alpha / r) l * W."""
@@ -179,8 +177,27 @@ class LoRA(AdapterModule[LinearSignal]):
         return weight + (self.lora_B @ self.lora_A * self.scale).to(weight.dtype)
 
 
-def _plus_product(output: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
-    """output + scale * low up^T: one fused call for sequences, the fastest both ways, where the dtypes agree."""
-    if output.dim() == 3 and output.dtype == low.dtype == up.dtype:
-        return torch.baddbmm(output, low, up.T.expand(low.shape[0], -1, -1), alpha=scale)
-    return output + (linear(low, up) * scale).to(output.dtype)
+def plus_low_rank(
+    signal: LinearSignal, x: Tensor, down: Tensor, up: Tensor, scale: float, gate: Tensor | None = None
+) -> LinearSignal:
+    """The signal with scale * gate * up down x added, in the order of calls that is the fastest for its shapes.
+
+    x: (b, s, in); down: (r, in); up: (out, r); gate: (b, 1).
+    """
+    output = signal.output
+    alike = output.dtype == x.dtype == up.dtype
+    if alike and gate is None and not torch.is_grad_enabled():
+        low = torch.mm(down, x.flatten(0, -2).T)  # (r, b s): with few rows half the time of (b s, r)
+        flat = output.flatten(0, -2)
+        if signal.owned and flat._is_view():
+            flat.addmm_(low.T, up.T, alpha=scale)
+            return signal
+        return LinearSignal(signal.rows, signal.x, torch.addmm(flat, low.T, up.T, alpha=scale).view(output.shape))
+    low = linear(x, down)
+    if gate is not None:
+        low = low * gate[:, None]
+    if alike and output.dim() == 3:
+        output = torch.baddbmm(output, low, up.T.expand(low.shape[0], -1, -1), alpha=scale)
+    else:
+        output = output + (linear(low, up) * scale).to(output.dtype)
+    return LinearSignal(signal.rows, signal.x, output)
