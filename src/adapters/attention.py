@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,8 +21,10 @@ from .composition import Setup
 from .containers import child, remove_child
 from .errors import AdapterError
 from .evaluation import evaluate
+from .interfaces import PREFIX_LOCATIONS
 from .signals import PrefixSignal
 from .sites import Kept, Place, Site
+from .topology import Anatomy
 
 IMPLEMENTATION = "adapters"
 
@@ -73,6 +75,16 @@ class AttentionSite(Site):
         if self.stack == "encoder" and self.role == "self_attention":
             return "encoder_prefix"
         return super().location
+
+    @classmethod
+    def find(cls, anatomy: Anatomy) -> Iterator[Self]:
+        """Every attention."""
+        own_name = PREFIX_LOCATIONS.get(getattr(anatomy.base_model.config, "model_type", ""))
+        for block in anatomy.blocks:
+            for core in block.cores:
+                place = Place(block.layer, block.stack, block.path, core.path, core.role)
+                width = core.projections["q"].inputs
+                yield cls(place, core.module, core.key_heads, core.head_width, width, own_name)
 
     @property
     def path(self) -> str:

@@ -11,20 +11,17 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import methods as methods  # fills the table of methods
-from .attention import AttentionSite
 from .composition import Block, Fuse, Setup
 from .configuration.base import AdapterConfig
 from .containers import child, child_dict, remove_child
 from .context import AdapterSetup, state
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
-from .interfaces import PREFIX_LOCATIONS
 from .method import AdapterModule, methods_of, seeded
 from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
-from .sites import LinearSite, Place, Site, SublayerSite
-from .topology import Block as ModelBlock
-from .topology import Core, read_blocks
-from .trace import trace_sublayers
+from .sites import Site
+from .sublayers import SublayerSite
+from .topology import Anatomy, read_blocks
 
 T = TypeVar("T", bound=Site)
 
@@ -32,12 +29,14 @@ T = TypeVar("T", bound=Site)
 class SiteMap:
     """The sites of one base model, the adapters' shared modules, and the composition that is active."""
 
-    def __init__(self, base_model: nn.Module) -> None:
-        """Read the model's structure; its forward pass is traced only when a sub-layer is asked for."""
-        self.base_model: Any = base_model
-        self.blocks = read_blocks(base_model)
+    def __init__(self, base_model: nn.Module, output: nn.Module | None = None) -> None:
+        """Read the model's structure; sites of a class are found when they are first asked for.
+
+        output: the map from hidden states to words, if the model has one outside of `base_model`.
+        """
+        self.anatomy = Anatomy(base_model, read_blocks(base_model), output)
         self.sites: list[Site] = []
-        self._traced = False
+        self._read: set[type[Site]] = set()
         self._shared: dict[str, dict[str, nn.Module]] = {}
         self.frozen = False
         self._input_gradients: RemovableHandle | None = None
@@ -45,41 +44,25 @@ class SiteMap:
         self.skip_layers: frozenset[int] = frozenset()
         self._plans: dict[tuple[Block | None, frozenset[int]], tuple[Setup, ...]] = {}
         self.active_plans: tuple[Setup, ...] = ()
-        for site in self._read():
-            self._enter(site)
         self.activate(None)
+
+    @property
+    def base_model(self) -> Any:
+        """The model whose sites these are."""
+        return self.anatomy.base_model
 
     def _enter(self, site: Site) -> None:
         site.index, site.owner = len(self.sites), self
         self.sites.append(site)
 
-    def _read(self) -> Iterator[Site]:
-        own_name = PREFIX_LOCATIONS.get(getattr(self.base_model.config, "model_type", ""))
-        for block in self.blocks:
-            for core in block.cores:
-                yield from _linear_sites(block, core)
-                width = core.projections["q"].inputs
-                place = Place(block.layer, block.stack, block.path, core.path, core.role)
-                yield AttentionSite(place, core.module, core.key_heads, core.head_width, width, own_name)
-            for role, linear in block.feed_forward.items():
-                place = Place(block.layer, block.stack, block.path, linear.path, role)
-                yield LinearSite(place, linear.module, linear.inputs, linear.outputs)
-
     def of(self, kind: type[T]) -> list[T]:
         """The sites of one class."""
-        if kind is SublayerSite and not self._traced:
-            self._read_sublayers()
-        return [site for site in self.sites if isinstance(site, kind)]
-
-    def _read_sublayers(self) -> None:
-        found = trace_sublayers(self.base_model, self.blocks)
-        for block in self.blocks:
-            for role, sublayer in found.get(block.path, {}).items():
-                width = block.cores[0].projections["q"].inputs
-                place = Place(block.layer, block.stack, block.path, block.path, role)
-                self._enter(SublayerSite(place, block.module, sublayer, width))
-        self._traced = True
-        self._refresh()
+        if kind not in self._read:
+            self._read.add(kind)
+            for site in kind.find(self.anatomy):
+                self._enter(site)
+            self._refresh()
+        return [site for site in self.sites if type(site) is kind]
 
     def __contains__(self, name: object) -> bool:
         """Whether an adapter of that name has modules here."""
@@ -135,8 +118,7 @@ class SiteMap:
 
     def _check_asked(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> None:
         known = {site.location for site in self.of(method.site_type)}
-        crossing = any(core.role == "cross_attention" for block in self.blocks for core in block.cores)
-        without_meaning = set() if crossing else {SublayerSite.locations["cross_attention"]}
+        without_meaning = set() if self.anatomy.crosses else {SublayerSite.locations["cross_attention"]}
         missing = sorted(method.asks_for(config) - known - without_meaning) if known else []
         if missing:
             raise AdapterError(
@@ -290,8 +272,8 @@ class SiteMap:
         if self._input_gradients is not None:
             self._input_gradients.remove()
             self._input_gradients = None
-        if required and self.blocks and self.base_model.main_input_name != "input_ids":
-            self._input_gradients = self.blocks[0].module.register_forward_pre_hook(_require_gradient)
+        if required and self.anatomy.blocks and self.base_model.main_input_name != "input_ids":
+            self._input_gradients = self.anatomy.blocks[0].module.register_forward_pre_hook(_require_gradient)
 
     def effective(self) -> tuple[Block | None, tuple[Setup, ...]]:
         """The composition in force in this thread, an AdapterSetup before the active one, and its plans."""
@@ -333,14 +315,6 @@ def _check_fusions(site: Site, plan: Setup) -> None:
             )
     for part in plan.children:
         _check_fusions(site, part)
-
-
-def _linear_sites(block: ModelBlock, core: Core) -> Iterator[LinearSite]:
-    for role, linear in core.projections.items():
-        place = Place(block.layer, block.stack, block.path, linear.path, role, linear.part)
-        across = core.role == "cross_attention" and role in ("k", "v")
-        source = "encoder" if across else block.stack
-        yield LinearSite(place, linear.module, linear.inputs, linear.outputs, linear.start, source)
 
 
 def _factory(reference: torch.Tensor) -> Mapping[str, Any]:

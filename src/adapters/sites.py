@@ -8,11 +8,13 @@ a site has adapters.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from .composition import Block, Fuse, MultiTask, Setup, Stack
@@ -20,7 +22,8 @@ from .containers import child, child_dict, remove_child
 from .context import current, state
 from .errors import CompositionError, listing
 from .evaluation import evaluate
-from .signals import LinearSignal, Signal, SublayerSignal
+from .signals import LinearSignal, Signal
+from .topology import Anatomy, is_plain
 
 if TYPE_CHECKING:
     from .method import AdapterModule
@@ -65,6 +68,11 @@ class Site:
         self.index = -1
         self.owner: SiteOwner
         self._handles: list[RemovableHandle] = []
+
+    @classmethod
+    def find(cls, anatomy: Anatomy) -> Iterator[Self]:
+        """All sites of this class in a model, in the order of its layers."""
+        raise NotImplementedError
 
     layer = property(lambda self: self.place.layer)
     stack = property(lambda self: self.place.stack)
@@ -212,6 +220,37 @@ class LinearSite(Site):
         self.inputs, self.outputs, self.start = inputs, outputs, start
         self.source = place.stack if source is None else source
 
+    @classmethod
+    def find(cls, anatomy: Anatomy) -> Iterator[Self]:
+        """The projections of every attention, and the two maps of every feed-forward block."""
+        for block in anatomy.blocks:
+            for core in block.cores:
+                for role, found in core.projections.items():
+                    place = Place(block.layer, block.stack, block.path, found.path, role, found.part)
+                    across = core.role == "cross_attention" and role in ("k", "v")
+                    source = "encoder" if across else block.stack
+                    yield cls(place, found.module, found.inputs, found.outputs, found.start, source)
+            for role, found in block.feed_forward.items():
+                place = Place(block.layer, block.stack, block.path, found.path, role)
+                yield cls(place, found.module, found.inputs, found.outputs)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in): a view of the host's parameter, whichever way round the host keeps it."""
+        weight: Tensor = self.host.weight  # type: ignore[assignment]
+        weight = weight if is_plain(self.host) else weight.T
+        return weight[self.start : self.start + self.outputs]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,) a view of the host's bias."""
+        bias: Any = self.host.bias
+        return None if bias is None else bias[self.start : self.start + self.outputs]
+
+    def map(self, x: Tensor) -> Tensor:
+        """W x, without bias, for any x (…, in)."""
+        return linear(x, self.weight)
+
     @property
     def path(self) -> str:
         """The host's own path; with the part below it for a slice."""
@@ -253,125 +292,3 @@ class Kept(threading.local):
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """A sub-layer in terms of modules.
-
-    entry: its first module that is given the residual stream r, as argument `argument`; exit: the module whose output
-    (item `item` of it, if it is a tuple) is added to r; norm: the norm of that sum, None in a pre-norm model.
-    """
-
-    entry: nn.Module
-    argument: int | str
-    exit: nn.Module
-    item: int | None
-    norm: nn.Module | None
-
-
-class SublayerSite(Site):
-    """The output h of a sub-layer, before the model adds it to the residual stream r."""
-
-    kind = "sublayer"
-    locations: ClassVar[dict[str, str]] = {
-        "self_attention": "mh_adapter",
-        "cross_attention": "cross_adapter",
-        "feed_forward": "output_adapter",
-    }
-    names: ClassVar[dict[str, str]] = {
-        "self_attention": "attention_adapters",
-        "cross_attention": "cross_attention_adapters",
-        "feed_forward": "output_adapters",
-    }
-
-    def __init__(self, place: Place, block: nn.Module, sublayer: Sublayer, width: int) -> None:
-        """width: d of the hidden states (b, s, d)."""
-        super().__init__(place, block)
-        self.sublayer, self.width = sublayer, width
-        self.fusions: dict[str, nn.Module] = {}
-        self._kept = Kept()
-
-    @property
-    def path(self) -> str:
-        """In the block, named for the sub-layer."""
-        return f"{self.layer_path}.{self.names[self.role]}"
-
-    def mount(self) -> nn.Module:
-        """A container in the block."""
-        return child(self.host, self.names[self.role])
-
-    def unmount(self) -> None:
-        """Remove the container."""
-        remove_child(self.host, self.names[self.role])
-
-    def attach(self) -> list[RemovableHandle]:
-        """Hook the sub-layer's entry, exit and norm."""
-        sublayer = self.sublayer
-        handles = [
-            sublayer.entry.register_forward_pre_hook(self.on_entry, prepend=True, with_kwargs=True),
-            sublayer.exit.register_forward_hook(self.on_exit, prepend=True),
-        ]
-        if sublayer.norm is not None:
-            handles.append(sublayer.norm.register_forward_hook(self.on_norm, prepend=True))
-        return handles
-
-    def on_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the residual stream."""
-        if self.plan() is not None:
-            argument = self.sublayer.argument
-            self._kept.residual = args[argument] if isinstance(argument, int) else kwargs[argument]
-
-    def on_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """h becomes what the adapters make of it; the model goes on to add r and to normalise."""
-        plan, residual = self.plan(), self._kept.residual
-        if plan is None or residual is None:
-            return None
-        self._kept.residual = None
-        item = self.sublayer.item
-        hidden = output if item is None else output[item]
-        signal = evaluate(plan, SublayerSignal(None, hidden, residual), self)
-        hidden = signal.hidden
-        if signal.final is not None:
-            hidden = torch.where(signal.final, hidden - residual, hidden)
-            self._kept.final = signal.final
-        return hidden if item is None else (*output[:item], hidden, *output[item + 1 :])
-
-    def on_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Where the adapter's output is final the norm is passed by."""
-        final = self._kept.final
-        if final is None:
-            return None
-        self._kept.final = None
-        return torch.where(final, args[0], output)
-
-    def normalised(self, hidden: Tensor) -> Tensor:
-        """The model's norm of the sub-layer's sum, where it has one there."""
-        norm = self.sublayer.norm
-        if norm is None:
-            return hidden
-        output: Tensor = norm.forward(hidden)  # past the hooks: this is not the model's own call
-        return output
-
-    def put_fusion(self, name: str, module: nn.Module) -> None:
-        """Take in a fusion layer."""
-        self._register("adapter_fusion_layer", name, module)
-        self.fusions[name] = module
-        self._hook()
-
-    def drop_fusion(self, name: str) -> None:
-        """Remove a fusion layer."""
-        del self.fusions[name]
-        self._unregister("adapter_fusion_layer", name)
-        self._unhook()
-
-    @property
-    def _idle(self) -> bool:
-        return not (self.adapters or self.fusions)
-
-    def fuse(self, tree: Fuse, signal: S) -> S:
-        """AdapterFusion: the last child prepares the query and the residual, all children give the values."""
-        last = self.adapters[tree.last()]
-        outputs = [evaluate(child, signal, self) for child in tree.children if child is not None]
-        fused: S = self.fusions[tree.name](signal, outputs, last)
-        return fused

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -66,6 +67,20 @@ class Block:
     feed_forward: dict[str, Linear]
 
 
+@dataclass(frozen=True)
+class Anatomy:
+    """What was read of a model. output: the map from hidden states to words, if the model has one of its own."""
+
+    base_model: Any
+    blocks: list[Block]
+    output: nn.Module | None = None
+
+    @property
+    def crosses(self) -> bool:
+        """Whether any block attends to another stack."""
+        return any(core.role == "cross_attention" for block in self.blocks for core in block.cores)
+
+
 def read_blocks(base_model: nn.Module) -> list[Block]:
     """The blocks of a model in module order, numbered as 1.x numbers layers."""
     model_type = getattr(base_model.config, "model_type", "")
@@ -88,6 +103,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         if isinstance(getattr(module, inputs, None), int) and isinstance(getattr(module, outputs, None), int):
             return getattr(module, inputs), getattr(module, outputs)
     return None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear map keeps its weight as (outputs, inputs); GPT-2's keeps it the other way round."""
+    return hasattr(module, "in_features")
 
 
 def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -22,13 +22,27 @@ from torch.overrides import TorchFunctionMode
 
 from .context import AdapterSetup
 from .errors import AdapterError
-from .sites import Sublayer
 from .topology import Block
 
 PASS_THROUGH = {"dropout", "to", "type", "type_as", "float", "contiguous", "reshape", "view", "clone"}
 ANSWERS = {"__bool__": True, "__contains__": False}
 """What models ask of a tensor without data: is the whole mask seen (yes), is there a padding token (no)."""
 ADDS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A sub-layer in terms of modules.
+
+    entry: its first module that is given the residual stream r, as argument `argument`; exit: the module whose output
+    (item `item` of it, if it is a tuple) is added to r; norm: the norm of that sum, None in a pre-norm model.
+    """
+
+    entry: nn.Module
+    argument: int | str
+    exit: nn.Module
+    item: int | None
+    norm: nn.Module | None
 
 
 @dataclass

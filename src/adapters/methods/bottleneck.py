@@ -22,7 +22,7 @@ from ..context import token_mean
 from ..errors import AdapterError
 from ..method import AdapterModule, activation, register, seeded
 from ..signals import SublayerSignal
-from ..sites import SublayerSite
+from ..sublayers import SublayerSite
 
 INITIALISATIONS = ("bert", "mam_adapter", "houlsby")
 

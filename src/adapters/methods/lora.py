@@ -189,7 +189,7 @@ def plus_low_rank(
     if alike and gate is None and not torch.is_grad_enabled():
         low = torch.mm(down, x.flatten(0, -2).T)  # (r, b s): with few rows half the time of (b s, r)
         flat = output.flatten(0, -2)
-        if signal.owned and flat._is_view():
+        if signal.owned and not torch.compiler.is_compiling() and flat.data_ptr() == output.data_ptr():
             flat.addmm_(low.T, up.T, alpha=scale)
             return signal
         return LinearSignal(signal.rows, signal.x, torch.addmm(flat, low.T, up.T, alpha=scale).view(output.shape))

@@ -1,0 +1,136 @@
+"""The site of bottleneck adapters and AdapterFusion: what a sub-layer gives, before the residual is added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .composition import Fuse
+from .containers import child, remove_child
+from .evaluation import evaluate
+from .signals import Signal, SublayerSignal
+from .sites import Kept, Place, Site
+from .topology import Anatomy
+from .trace import Sublayer, trace_sublayers
+
+S = TypeVar("S", bound=Signal)
+
+
+class SublayerSite(Site):
+    """The output h of a sub-layer, before the model adds it to the residual stream r."""
+
+    kind = "sublayer"
+    locations: ClassVar[dict[str, str]] = {
+        "self_attention": "mh_adapter",
+        "cross_attention": "cross_adapter",
+        "feed_forward": "output_adapter",
+    }
+    names: ClassVar[dict[str, str]] = {
+        "self_attention": "attention_adapters",
+        "cross_attention": "cross_attention_adapters",
+        "feed_forward": "output_adapters",
+    }
+
+    def __init__(self, place: Place, block: nn.Module, sublayer: Sublayer, width: int) -> None:
+        """width: d of the hidden states (b, s, d)."""
+        super().__init__(place, block)
+        self.sublayer, self.width = sublayer, width
+        self.fusions: dict[str, nn.Module] = {}
+        self._kept = Kept()
+
+    @classmethod
+    def find(cls, anatomy: Anatomy) -> Iterator[Self]:
+        """The sub-layers that a traced pass finds."""
+        found = trace_sublayers(anatomy.base_model, anatomy.blocks)
+        for block in anatomy.blocks:
+            for role, sublayer in found.get(block.path, {}).items():
+                width = block.cores[0].projections["q"].inputs
+                yield cls(Place(block.layer, block.stack, block.path, block.path, role), block.module, sublayer, width)
+
+    @property
+    def path(self) -> str:
+        """In the block, named for the sub-layer."""
+        return f"{self.layer_path}.{self.names[self.role]}"
+
+    def mount(self) -> nn.Module:
+        """A container in the block."""
+        return child(self.host, self.names[self.role])
+
+    def unmount(self) -> None:
+        """Remove the container."""
+        remove_child(self.host, self.names[self.role])
+
+    def attach(self) -> list[RemovableHandle]:
+        """Hook the sub-layer's entry, exit and norm."""
+        sublayer = self.sublayer
+        handles = [
+            sublayer.entry.register_forward_pre_hook(self.on_entry, prepend=True, with_kwargs=True),
+            sublayer.exit.register_forward_hook(self.on_exit, prepend=True),
+        ]
+        if sublayer.norm is not None:
+            handles.append(sublayer.norm.register_forward_hook(self.on_norm, prepend=True))
+        return handles
+
+    def on_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the residual stream."""
+        if self.plan() is not None:
+            argument = self.sublayer.argument
+            self._kept.residual = args[argument] if isinstance(argument, int) else kwargs[argument]
+
+    def on_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """h becomes what the adapters make of it; the model goes on to add r and to normalise."""
+        plan, residual = self.plan(), self._kept.residual
+        if plan is None or residual is None:
+            return None
+        self._kept.residual = None
+        item = self.sublayer.item
+        hidden = output if item is None else output[item]
+        signal = evaluate(plan, SublayerSignal(None, hidden, residual), self)
+        hidden = signal.hidden
+        if signal.final is not None:
+            hidden = torch.where(signal.final, hidden - residual, hidden)
+            self._kept.final = signal.final
+        return hidden if item is None else (*output[:item], hidden, *output[item + 1 :])
+
+    def on_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Where the adapter's output is final the norm is passed by."""
+        final = self._kept.final
+        if final is None:
+            return None
+        self._kept.final = None
+        return torch.where(final, args[0], output)
+
+    def normalised(self, hidden: Tensor) -> Tensor:
+        """The model's norm of the sub-layer's sum, where it has one there."""
+        norm = self.sublayer.norm
+        if norm is None:
+            return hidden
+        output: Tensor = norm.forward(hidden)  # past the hooks: this is not the model's own call
+        return output
+
+    def put_fusion(self, name: str, module: nn.Module) -> None:
+        """Take in a fusion layer."""
+        self._register("adapter_fusion_layer", name, module)
+        self.fusions[name] = module
+        self._hook()
+
+    def drop_fusion(self, name: str) -> None:
+        """Remove a fusion layer."""
+        del self.fusions[name]
+        self._unregister("adapter_fusion_layer", name)
+        self._unhook()
+
+    @property
+    def _idle(self) -> bool:
+        return not (self.adapters or self.fusions)
+
+    def fuse(self, tree: Fuse, signal: S) -> S:
+        """AdapterFusion: the last child prepares the query and the residual, all children give the values."""
+        last = self.adapters[tree.last()]
+        outputs = [evaluate(child, signal, self) for child in tree.children if child is not None]
+        fused: S = self.fusions[tree.name](signal, outputs, last)
+        return fused
