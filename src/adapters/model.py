@@ -122,6 +122,8 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
             return
         if self.active_adapters == Stack(adapter_name):
             ModelAdaptersMixin.set_active_adapters(self, None)
+        elif self.active_adapters is not None and adapter_name in self.active_adapters.flatten():
+            logger.warning("delete_adapter(%r): %s stays active without it.", adapter_name, self.active_adapters)
         self.adapters_config.remove(adapter_name)
         self.adapter_sites.remove(adapter_name)
 
@@ -205,6 +207,7 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         """
         setup = parse_composition(adapter_setup, model_type=self.config.model_type)
         self._check_names("set_active_adapters", setup)
+        self.adapter_sites.check_layers(f"set_active_adapters(skip_layers={skip_layers})", skip_layers or ())
         self.adapter_sites.activate(setup, skip_layers)
         self.adapters_config.active_setup = setup
         self.adapters_config.skip_layers = skip_layers
@@ -234,6 +237,25 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
     def model_name(self) -> str:
         """The name or path that the model was loaded from."""
         return str(self.config.name_or_path)
+
+    def set_adapter(self, adapter_name: Any) -> None:
+        """transformers' name for ``set_active_adapters``."""
+        self.set_active_adapters(adapter_name)
+
+    def disable_adapters(self) -> None:
+        """transformers' name for ``set_active_adapters(None)``."""
+        self.set_active_adapters(None)
+
+    def enable_adapters(self) -> None:
+        """transformers' counterpart of ``disable_adapters``; here a setup has to be named.
+
+        Raises:
+            AdapterError: always.
+        """
+        raise AdapterError(
+            "enable_adapters(): which adapters act is said by name here; call set_active_adapters with one of "
+            f"{listing(self.adapters_config)} or a composition of them."
+        )
 
     # --- training --------------------------------------------------------------------------------------------------
 

@@ -93,6 +93,8 @@ class SiteMap:
 
     def _add_member(self, name: str, config: AdapterConfig) -> None:
         found = False
+        left_out = config.get("leave_out") or ()
+        self.check_layers(f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
         for method in methods_of(config):
             self._check_asked(name, config, method)
             sites = [site for site in self.of(method.site_type) if method.wants(config, site)]
@@ -124,6 +126,15 @@ class SiteMap:
             raise AdapterError(
                 f"add_adapter({name!r}, {type(config).__name__}): {type(self.base_model).__name__} has no site for "
                 f"{listing(missing)}; found were {listing(sorted(known))}. Switch the others off in the configuration."
+            )
+
+    def check_layers(self, asked: str, layers: Iterable[int]) -> None:
+        """Refuse numbers that no layer of the model has; layers that share their weights have one number each."""
+        count = max(len(self.anatomy.blocks), getattr(self.base_model.config, "num_hidden_layers", 0))
+        unknown = sorted(layer for layer in layers if not 0 <= layer < count)
+        if unknown and self.anatomy.blocks:
+            raise AdapterError(
+                f"{asked}: {type(self.base_model).__name__} has no layer {unknown[0]}; its layers are 0 to {count - 1}."
             )
 
     def _check_host(self, name: str, site: Site) -> None:

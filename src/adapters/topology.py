@@ -7,7 +7,9 @@ Where sub-layers begin and end is a matter of dataflow: see ``trace.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -99,10 +101,20 @@ def read_blocks(base_model: nn.Module) -> list[Block]:
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear map, of whichever class; None for any other module."""
+    if not _takes_one_tensor(type(module).forward):
+        return None
     for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
         if isinstance(getattr(module, inputs, None), int) and isinstance(getattr(module, outputs, None), int):
             return getattr(module, inputs), getattr(module, outputs)
     return None
+
+
+@functools.cache
+def _takes_one_tensor(forward: Callable[..., Any]) -> bool:
+    """I-BERT's maps take a scaling factor too, and return one."""
+    _, *taken = inspect.signature(forward).parameters.values()
+    named = [parameter for parameter in taken if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    return len(named) <= 1
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -54,9 +54,21 @@ ONLY_CROSS = BnConfig(
     mh_adapter=False, output_adapter=False, cross_adapter=True, reduction_factor=2, non_linearity="relu"
 )
 NOWHERE = LoRAConfig(leave_out=[0, 1])
-TWICE = ConfigUnion(LoRAConfig(leave_out=[0]), LoRAConfig(leave_out=[5]))
+TWICE = ConfigUnion(LoRAConfig(leave_out=[0]), LoRAConfig())
 REFUSED = {
     "name twice": (lambda m: m.add_adapter("a"), AdapterError, r"'a' has already been added; pass overwrite_ok=True"),
+    "no such layer": (
+        lambda m: m.add_adapter("x", LoRAConfig(leave_out=[2])),
+        AdapterError,
+        r"LoRAConfig\(leave_out=\[2\]\)\): BertModel has no layer 2; its layers are 0 to 1",
+    ),
+    "no such layer to skip": (
+        lambda m: m.set_active_adapters("a", skip_layers=[1, 9]),
+        AdapterError,
+        r"skip_layers=\[1, 9\]\): BertModel has no layer 9; its layers are 0 to 1",
+    ),
+    "enable": (lambda m: m.enable_adapters(), AdapterError, r"call set_active_adapters with one of"),
+    "no folder": (lambda m: m.save_adapter("", "a"), AdapterError, r"saving to '': an empty path"),
     "dots": (lambda m: m.add_adapter("x.y"), AdapterError, r"'x\.y'"),
     "no name": (lambda m: m.add_adapter(""), AdapterError, "name"),
     "unknown config": (lambda m: m.add_adapter("x", "lorra"), ValueError, r"'lorra'.*did you mean 'lora'"),

@@ -12,6 +12,8 @@ from transformers import (
     CLIPModel,
     GPT2Config,
     GPT2Model,
+    IBertConfig,
+    IBertModel,
     LlamaConfig,
     LlamaModel,
     MixtralConfig,
@@ -62,6 +64,27 @@ def test_gpt2_cross_attention_has_its_query_beside_keys_and_values():
     assert places["h.0.crossattention.c_attn.k"] == (0, 16)
     assert places["h.0.crossattention.c_attn.v"] == (16, 16)
     assert places["h.0.crossattention.c_proj"] == (0, 16)
+
+
+def test_maps_that_are_no_plain_ones():
+    """I-BERT's maps take and return scaling factors beside their tensors."""
+    model = initialised(IBertModel(IBertConfig(**SIZE, **TEXT)))
+    with pytest.raises(AdapterError, match="cannot read where the method sits in IBertModel"):
+        model.add_adapter("a", "lora")
+
+
+def test_the_names_that_transformers_has_for_activating(caplog):
+    model = initialised(bert())
+    for name in "ab":
+        model.add_adapter(name)
+    model.set_adapter("a")
+    assert model.active_adapters == adapters.Stack("a")
+    model.disable_adapters()
+    assert model.active_adapters is None
+    model.set_active_adapters(adapters.Stack("a", "b"))
+    model.delete_adapter("a")
+    assert "stays active without it" in caplog.text
+    assert torch.isfinite(model(IDS).logits).all()
 
 
 @pytest.mark.parametrize("config", ["double_seq_bn", "seq_bn"])

@@ -63,7 +63,7 @@ def write(directory: str | os.PathLike[str], contents: Mapping[Kind, Content], u
             jobs[kind.safetensors] = partial(save_file, content.weights)
         else:
             jobs[kind.torch] = partial(torch.save, content.weights)
-    _write_all(Path(directory), jobs)
+    _write_all(_folder(directory), jobs)
     for kind in contents:
         (Path(directory) / (kind.torch if use_safetensors else kind.safetensors)).unlink(missing_ok=True)
 
@@ -75,7 +75,7 @@ def write_json(directory: str | os.PathLike[str], file_name: str, content: Mappi
         CheckpointError: The content is not JSON, or the directory cannot be written to.
     """
     text = as_json(content, directory, sort_keys=False)
-    _write_all(Path(directory), {file_name: partial(Path.write_text, data=text, encoding="utf-8")})
+    _write_all(_folder(directory), {file_name: partial(Path.write_text, data=text, encoding="utf-8")})
 
 
 def as_json(content: Mapping[str, Any], directory: str | os.PathLike[str], sort_keys: bool = True) -> str:
@@ -101,6 +101,12 @@ def subfolder(directory: str | os.PathLike[str], name: str) -> Path:
             f"{str(directory)!r}: {name!r} cannot name a folder in it; save it alone, to a path of your choice."
         )
     return Path(directory) / name
+
+
+def _folder(directory: str | os.PathLike[str]) -> Path:
+    if not os.fspath(directory):
+        raise CheckpointError("saving to '': an empty path names no directory; '.' is the current one.")
+    return Path(directory)
 
 
 def _write_all(folder: Path, jobs: Mapping[str, Callable[[Path], Any]]) -> None:
