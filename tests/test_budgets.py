@@ -15,7 +15,18 @@ PACKAGE_LINES, FILE_LINES, METHOD_LINES, FUNCTION_LINES = 7_500, 400, 300, 40
 EXCEPTIONS = {"model.py": 600}
 # A part may import the parts before it. `import adapters` itself imports none: its names are resolved on first use.
 ORDER = ["errors", "configuration", "signals", "composition", "context", "containers"]
-ORDER += ["evaluation", "interfaces", "topology", "trace", "sites", "sublayers", "attention", "method", "methods"]
+ORDER += [
+    "grouping",
+    "evaluation",
+    "interfaces",
+    "topology",
+    "trace",
+    "sites",
+    "sublayers",
+    "attention",
+    "method",
+    "methods",
+]
 ORDER += ["configuration.resolve", "configuration.model_adapters_config"]
 ORDER += ["sitemap", "summary", "checkpoints", "loading", "model", "wrap", "heads"]
 ORDER += ["auto", "training", "trainer", "cli"]

@@ -209,6 +209,10 @@ class MultiTask(Block):
     """Each row goes to the child that `task_ids` names."""
 
 
+class Rows(MultiTask):
+    """Each row goes to the child that ``adapter_names`` of the forward call gives it; made from that argument."""
+
+
 BLOCKS: dict[str, type[Block]] = {
     block.__name__: block for block in (Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask)
 }
@@ -221,6 +225,7 @@ ALLOWED_NESTINGS: dict[type[Block], list[type]] = {
     BatchSplit: [str, Stack, Split, BatchSplit, Average],
     Average: [str, Stack, Split, BatchSplit],
     MultiTask: [str, Stack, Average, Fuse],
+    Rows: [str, Stack, Split, Average, Fuse],
 }
 
 

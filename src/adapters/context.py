@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
-from .composition import Block, Setup, parse_composition, parse_heads_from_composition
+from .composition import Block, Rows, Setup, parse_composition, parse_heads_from_composition
 
 if TYPE_CHECKING:
     from .sitemap import SiteMap
@@ -47,8 +47,8 @@ class Forward:
 
     sites: the model's sites; setup: the effective composition; plans: the part of it that acts at each site, by the
     site's index; masks: by stack ("", "encoder", "decoder") the attention mask (b, s) that the model was given;
-    task_ids: (b,) for MultiTask; repeated: the batch already has a copy for every channel of Parallel; record: what to
-    report.
+    task_ids: (b,) for MultiTask; assignment: for Rows, the child of each row; repeated: the batch already has a copy
+    for every channel of Parallel; record: what to report.
     """
 
     sites: SiteMap
@@ -56,6 +56,7 @@ class Forward:
     plans: tuple[Setup, ...]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     task_ids: Tensor | None = None
+    assignment: tuple[int, ...] = ()
     repeated: bool = False
     record: Record | None = None
 
@@ -136,6 +137,7 @@ class AdapterSetup:
     adapter_setup: Any
     head_setup: Any = None
     ignore_empty: bool = False
+    assignment: tuple[int, ...] = field(default=(), init=False)
     _outer: list[tuple[AdapterSetup, ...]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +146,21 @@ class AdapterSetup:
         if self.head_setup is None and self.adapter_setup is not None:
             self.head_setup = parse_heads_from_composition(self.adapter_setup)
         self._empty = self.ignore_empty and self.adapter_setup is None and self.head_setup is None
+
+    @classmethod
+    def of_names(cls, adapter_names: Any) -> Self:
+        """The setup that ``adapter_names`` of a forward call asks for.
+
+        A list has one setup for each row of the batch, in which None and ``"__base__"`` are the unadapted model; a name
+        or a block is the setup of all rows.
+        """
+        if not isinstance(adapter_names, (list, tuple)):
+            return cls(adapter_names)
+        named = [None if name == "__base__" else name for name in adapter_names]
+        children = list(dict.fromkeys(named))
+        setup = cls(Rows(*children))
+        setup.assignment = tuple(children.index(name) for name in named)
+        return setup
 
     def __enter__(self) -> Self:
         """Put the setup in force."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Setup, Split, Stack
+from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Rows, Setup, Split, Stack
 from .errors import CompositionError
+from .grouping import ROWS_PER_MODULE
 from .signals import Signal
 
 if TYPE_CHECKING:
@@ -35,15 +36,24 @@ def evaluate(tree: Setup, signal: S, site: Site) -> S:
     if isinstance(tree, Split):
         return _evaluate_split(tree, signal, site)
     if isinstance(tree, MultiTask):
-        return _evaluate_multitask(tree, signal, site)
+        return _evaluate_tasks(tree, signal, site)
     if isinstance(tree, BatchSplit):
         sizes = _batch_sizes(tree, len(signal), site)
     else:  # Parallel: the batch was repeated once per child when it entered the model
         sizes = _channel_sizes(tree, len(signal), site)
-    return _evaluate_rows(tree.children, sizes, signal, site)
+    return _evaluate_rows(tree, sizes, signal, site)
 
 
-def _evaluate_rows(children: Sequence[Setup], sizes: Sequence[int], signal: S, site: Site) -> S:
+def _evaluate_rows(tree: Block, sizes: Sequence[int], signal: S, site: Site) -> S:
+    group = site.group(tree)
+    if group is not None and group.complete and len(set(sizes)) == 1:
+        return group.apply(signal, None)
+    if group is not None and len(signal) <= ROWS_PER_MODULE * len(group.modules):
+        return group.apply(signal, [child for child, size in enumerate(sizes) for _ in range(size)])
+    return _evaluate_parts(tree.children, sizes, signal, site)
+
+
+def _evaluate_parts(children: Sequence[Setup], sizes: Sequence[int], signal: S, site: Site) -> S:
     parts = zip(children, sizes, signal.split(sizes), strict=True)
     outputs = [evaluate(child, part, site) for child, size, part in parts if size]
     return replace(type(signal).cat(outputs), rows=signal.rows)
@@ -84,19 +94,23 @@ def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
     return type(signal).join(parts, 1)
 
 
-def _evaluate_multitask(tree: MultiTask, signal: S, site: Site) -> S:
-    tasks = site.task_ids(tree)
+def _evaluate_tasks(tree: MultiTask, signal: S, site: Site) -> S:
+    tasks = torch.as_tensor(site.task_ids(tree))
     if signal.rows is not None:
         tasks = tasks[signal.rows]
     elif site.rows_are_expanded and len(tasks) and len(signal) % len(tasks) == 0:
         tasks = tasks.repeat_interleave(len(signal) // len(tasks))
-    if len(tasks) != len(signal) or int(tasks.min()) < 0 or int(tasks.max()) >= len(tree):
+    if not isinstance(tree, Rows) and (
+        len(tasks) != len(signal) or int(tasks.min()) < 0 or int(tasks.max()) >= len(tree)
+    ):
         raise CompositionError(
             f"{tree}: task_ids={tasks.tolist()} for {len(signal)} rows; give each row one number from 0 to "
             f"{len(tree) - 1}, or a child's name."
         )
+    group = site.group(tree)
+    if group is not None and len(signal) <= ROWS_PER_MODULE * len(group.modules):
+        return group.apply(signal, tasks)
     order = torch.argsort(tasks, stable=True)
     sizes = torch.bincount(tasks, minlength=len(tree)).tolist()
-    sorted_signal = signal.take(order)
-    output = _evaluate_rows(tree.children, sizes, sorted_signal, site)
+    output = _evaluate_parts(tree.children, sizes, signal.take(order), site)
     return replace(output.take(torch.argsort(order)), rows=signal.rows)

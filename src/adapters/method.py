@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from .configuration.base import AdapterConfig
 from .context import current
 from .errors import AdapterError
+from .grouping import Group
 from .signals import Signal
 from .sites import Site
 
@@ -56,6 +57,18 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
     def share(cls, config: Any, sites: Sequence[Any]) -> nn.Module | None:
         """What the modules of one adapter at `sites` have in common, if anything; each gets it as ``shared``."""
         return None
+
+    def group_key(self) -> Hashable:
+        """Modules of one class with equal keys can be computed in one call, by ``grouped``; None: this one cannot."""
+        return None
+
+    @classmethod
+    def grouped(cls, group: Group, signal: S, index: Tensor | None) -> S:
+        """As ``forward``, for rows of several modules.
+
+        index: (b,) the number of each row's module in the group; None: the rows come in equal parts, in order.
+        """
+        raise NotImplementedError
 
     def report_gate(self, gate: Tensor) -> None:
         """Note the gate (b, k) where the forward call asks for ``output_adapter_gating_scores``."""

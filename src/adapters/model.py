@@ -17,7 +17,7 @@ from .composition import Block, Fuse, Stack, parse_composition
 from .configuration.base import AdapterConfig
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .configuration.registry import DEFAULT_ADAPTER_CONFIG
-from .context import keeping_context
+from .context import current, keeping_context
 from .errors import AdapterError, ConfigError, UnknownAdapterError, listing
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
 from .sitemap import SiteMap
@@ -221,7 +221,10 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
             )
 
     def effective_setup(self) -> Block | None:
-        """The composition in force in this thread: of the innermost AdapterSetup, else the active one."""
+        """The composition in force in this thread: of the pass, of the innermost AdapterSetup, else the active one."""
+        forward = current()
+        if forward is not None and forward.sites is self.adapter_sites:
+            return forward.setup
         return self.adapter_sites.effective()[0]
 
     def has_adapters(self) -> bool:

@@ -50,6 +50,14 @@ class Signal:
         """Consecutive groups of rows; sizes are plain ints, since a tensor here would break ``torch.compile``."""
         return [self.take(slice(stop - size, stop)) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
 
+    def select(self, mask: Tensor, other: Self) -> Self:
+        """`other` in the rows where the mask (b,) is true, this in the rest."""
+
+        def choose(values: list[Tensor]) -> Tensor:
+            return torch.where(mask.view(-1, *[1] * (values[0].dim() - 1)), values[1], values[0])
+
+        return self._combine([self, other], choose)
+
     def positions(self) -> int:
         """The length of the sequence."""
         return int(next(iter(self.tensors().values())).shape[1])
@@ -146,6 +154,11 @@ class SublayerSignal(Signal):
         ]
         return super().mean([part.filled(unfinished) for part in unfinished], weights)
 
+    def select(self, mask: Tensor, other: Self) -> Self:
+        """As for any signal, with the optional fields filled in where only one has them."""
+        both = (self, other)
+        return super(SublayerSignal, self.filled(both)).select(mask, other.filled(both))
+
     def filled(self, parts: Sequence[Self]) -> Self:
         """This part with zeros for the optional fields that another part has."""
         changes: dict[str, Any] = {}
@@ -181,6 +194,12 @@ class PrefixSignal(Signal):
         if self.key.shape[2]:
             key, value = torch.cat([key, self.key], 2), torch.cat([value, self.value], 2)
         return replace(self, key=key, value=value, bias=bias)
+
+    def select(self, mask: Tensor, other: Self) -> Self:
+        """As for any signal, with prefixes padded to one length."""
+        longest = max(part.key.shape[2] for part in (self, other))
+        queries = max(part._bias(1).shape[1] for part in (self, other))
+        return super(PrefixSignal, self._padded(longest, queries)).select(mask, other._padded(longest, queries))
 
     @classmethod
     def join(cls, parts: Sequence[Self], dim: int) -> Self:

@@ -8,7 +8,7 @@ a site has adapters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
-from .composition import Block, Fuse, MultiTask, Setup, Stack
+from .composition import Block, Fuse, MultiTask, Rows, Setup, Stack
 from .containers import child, child_dict, remove_child
 from .context import current, state
 from .errors import CompositionError, listing
 from .evaluation import evaluate
+from .grouping import Group
 from .signals import LinearSignal, Signal
 from .topology import Anatomy, is_plain
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from .method import AdapterModule
 
 S = TypeVar("S", bound=Signal)
+
+
+GROUPS = 64
+"""Of so many setups the groups are kept at a site."""
 
 
 class SiteOwner(Protocol):
@@ -65,6 +70,7 @@ class Site:
         """Note the place; nothing is registered or hooked before the first adapter."""
         self.place, self.host = place, host
         self.adapters: dict[str, AdapterModule[Any]] = {}
+        self._groups: dict[int, tuple[Block, Group | None]] = {}
         self.index = -1
         self.owner: SiteOwner
         self._handles: list[RemovableHandle] = []
@@ -115,11 +121,13 @@ class Site:
         module.name, module.layer, module.location = name, self.layer, self.location
         self._register(module.container, name, module)
         self.adapters[name] = module
+        self._groups = {}
         self._hook()
 
     def drop(self, name: str) -> None:
         """Remove an adapter, and with the last one the hooks and all that was registered."""
         module = self.adapters.pop(name)
+        self._groups = {}
         self._unregister(module.container, name)
         self._unhook()
 
@@ -175,6 +183,18 @@ class Site:
         output: S = module(signal)
         return output
 
+    def group(self, tree: Block) -> Group | None:
+        """The modules of the children of `tree`, if they can be computed in one call."""
+        known = self._groups.get(id(tree))
+        if known is None or known[0] is not tree:
+            found = None
+            if not any(isinstance(child, Block) for child in tree.children):
+                found = Group.of([None if child is None else self.adapters.get(str(child)) for child in tree.children])
+            if len(self._groups) >= GROUPS:
+                self._groups = {}
+            known = self._groups[id(tree)] = (tree, found)
+        return known[1]
+
     def fuse(self, tree: Fuse, signal: S) -> S:
         """AdapterFusion of the children."""
         raise CompositionError(
@@ -182,9 +202,11 @@ class Site:
             "use Average for other methods."
         )
 
-    def task_ids(self, tree: MultiTask) -> Tensor:
+    def task_ids(self, tree: MultiTask) -> Tensor | Sequence[int]:
         """(b,) the child of `tree` that each row goes to."""
         forward = current()
+        if isinstance(tree, Rows) and forward is not None:
+            return forward.assignment
         if forward is None or forward.task_ids is None:
             raise CompositionError(
                 f"{tree}: the forward call has no task_ids; pass task_ids=, one child of the block for each row."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from .composition import MultiTask
 from .configuration.model_adapters_config import ModelAdaptersConfig
-from .context import Forward, Record, generating, state, within
+from .context import AdapterSetup, Forward, Record, generating, state, within
 from .errors import AdapterError, CompositionError
 from .model import ModelAdaptersMixin
 
@@ -26,6 +27,7 @@ CONTEXT_ARGUMENTS = (
     "output_adapter_fusion_attentions",
     "adapter_input_parallelized",
     "task_ids",
+    "adapter_names",
 )
 ROW_VECTORS = ("labels", "start_positions", "end_positions", "next_sentence_label", "task_ids")
 _CLASSES: dict[type, type] = {}
@@ -149,10 +151,11 @@ def _names(cls: type) -> dict[str, Any]:
 
 
 def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with the context of a pass around it, and four more keyword arguments.
+    """`forward` with the context of a pass around it, and five more keyword arguments.
 
     output_adapter_gating_scores, output_adapter_fusion_attentions: report gates and fusion weights in the output;
-    adapter_input_parallelized: the batch has a copy for every channel of Parallel; task_ids: rows for MultiTask.
+    adapter_input_parallelized: the batch has a copy for every channel of Parallel; task_ids: rows for MultiTask;
+    adapter_names: the setup of this pass, or a list with one for each row (None: no adapter).
     """
     signature = inspect.signature(forward)
     positional = [parameter.name for parameter in signature.parameters.values()][1:]
@@ -160,17 +163,21 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def forward_in_context(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = {name: kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in kwargs}
-        current, sites = state.forward, self.adapter_sites
-        if current is None or current.sites is not sites:
-            current = _open(self, own, {**dict(zip(positional, args, strict=False)), **kwargs})
-        if self.repeats_inputs and not current.repeated:
-            args, kwargs, current = _repeat_for_parallel(current, args, kwargs)
-        previous, state.forward = state.forward, current
+        outer, setups = state.forward, state.setups
         try:
+            if outer is not None and outer.sites is self.adapter_sites:
+                current = outer
+            else:
+                if own.get("adapter_names") is not None:
+                    state.setups = (*setups, AdapterSetup.of_names(own["adapter_names"]))
+                current = _open(self, own, {**dict(zip(positional, args, strict=False)), **kwargs})
+            if self.repeats_inputs and not current.repeated:
+                args, kwargs, current = _repeat_for_parallel(current, args, kwargs)
+            state.forward = current
             output = forward(self, *args, **kwargs)
         finally:
-            state.forward = previous
-        return output if current.record is None or previous is not None else _with_record(output, current.record)
+            state.forward, state.setups = outer, setups
+        return output if current.record is None or outer is not None else _with_record(output, current.record)
 
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -188,6 +195,10 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _open(model: ModelAdaptersMixin, own: Mapping[str, Any], inputs: Mapping[str, Any]) -> Forward:
     sites = model.adapter_sites
     setup, plans = sites.effective()
+    context = AdapterSetup.get_context()
+    assignment = () if context is None else context.assignment
+    if assignment and state.generating is not sites:
+        _check_assignment(assignment, inputs.values())
     gates, attentions = own.get("output_adapter_gating_scores"), own.get("output_adapter_fusion_attentions")
     return Forward(
         sites,
@@ -195,9 +206,19 @@ def _open(model: ModelAdaptersMixin, own: Mapping[str, Any], inputs: Mapping[str
         plans,
         _masks(model, inputs),
         _task_ids(own.get("task_ids"), setup),
+        assignment,
         bool(own.get("adapter_input_parallelized")) or state.generating is sites,
         Record.of(bool(gates), bool(attentions)),
     )
+
+
+def _check_assignment(assignment: tuple[int, ...], inputs: Iterable[Any]) -> None:
+    batch = _batch_size("adapter_names", inputs)
+    if len(assignment) != batch:
+        raise CompositionError(
+            f"adapter_names: it has {len(assignment)} entries, the batch has {batch} rows; give one entry for each row "
+            "(None for the model without adapters)."
+        )
 
 
 def _masks(model: ModelAdaptersMixin, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -237,7 +258,7 @@ def _repeat_for_parallel(
     channels = 1 if current.setup is None else current.setup.parallel_channels
     if channels == 1:
         return args, kwargs, current
-    batch = _batch_size((*args, *kwargs.values()))
+    batch = _batch_size("Parallel", (*args, *kwargs.values()))
     args = tuple(repeated(value, batch, channels) for value in args)
     kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
     masks = {stack: repeated(mask, batch, channels) for stack, mask in current.masks.items()}
@@ -245,12 +266,12 @@ def _repeat_for_parallel(
     return args, kwargs, replace(current, masks=masks, task_ids=task_ids, repeated=True)
 
 
-def _batch_size(values: tuple[Any, ...]) -> int:
+def _batch_size(asked: str, values: Iterable[Any]) -> int:
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 1:
             return int(value.shape[0])
     raise CompositionError(
-        "Parallel: the forward call has no tensor with a batch dimension; pass input_ids or another input."
+        f"{asked}: the forward call has no tensor with a batch dimension; pass input_ids or another input."
     )
 
 
@@ -309,14 +330,18 @@ def generation_methods(cls: Any) -> dict[str, Callable[..., Any]]:
 def _generate(cls: Any) -> Callable[..., Any]:
     @functools.wraps(cls.generate)
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        setup = self.effective_setup()
-        channels = 1 if setup is None else setup.parallel_channels
-        if channels > 1:
-            batch = _batch_size((inputs, *kwargs.values()))
-            inputs = repeated(inputs, batch, channels)
-            kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
-        given = (inputs,) if inputs is not None or args else ()
-        with generating(self.adapter_sites):
+        names = kwargs.pop("adapter_names", None)
+        chosen = nullcontext() if names is None else AdapterSetup.of_names(names)
+        with chosen, generating(self.adapter_sites):
+            context, setup = AdapterSetup.get_context(), self.effective_setup()
+            if context is not None and context.assignment:
+                _check_assignment(context.assignment, (inputs, *kwargs.values()))
+            channels = 1 if setup is None else setup.parallel_channels
+            if channels > 1:
+                batch = _batch_size("Parallel", (inputs, *kwargs.values()))
+                inputs = repeated(inputs, batch, channels)
+                kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
+            given = (inputs,) if inputs is not None or args else ()
             return cls.generate(self, *given, *args, **kwargs)
 
     return generate

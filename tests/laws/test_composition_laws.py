@@ -82,6 +82,45 @@ def test_multitask_is_per_row(name: str, method: str) -> None:
 
 @each_model
 @each_method
+def test_a_setup_for_each_row(name: str, method: str) -> None:
+    """Adapters of one shape are computed in one call, the rest one after the other."""
+    model, batch, a, b = shared(name), inputs(name), f"{method}_a", f"{method}_b"
+    for names in ([a, b, None, a], [b, a, b, a], children(method)[:4], [f"{method}_partial", "__base__", b, "lora_a"]):
+        parts = [None if part == "__base__" else part for part in names]
+        expected = torch.cat([run(model, rows_of(batch, [row]), part) for row, part in enumerate(parts)])
+        close(run(model, batch, None, adapter_names=names), expected)
+    close(run(model, batch, None, adapter_names=Stack(a, b)), run(model, batch, Stack(a, b)))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+@each_method
+def test_gradients_of_a_mixed_batch_are_the_sum_of_separate_ones(name: str, method: str) -> None:
+    model, batch, names = shared(name), inputs(name), [f"{method}_a", None, f"{method}_b", f"{method}_a"]
+    parameters = [
+        p for child in names[:1] + names[2:3] for module in model._modules_of(child) for p in module.parameters()
+    ]
+    states = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+    def gradients(output: torch.Tensor) -> list[torch.Tensor]:
+        found = torch.autograd.grad(output.square().sum(), parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+    separate = [torch.zeros_like(parameter) for parameter in parameters]
+    for row, child in enumerate(names):
+        if child is not None:
+            with AdapterSetup(child):
+                found = gradients(model(**rows_of(batch, [row]))[0])
+            separate = [total + gradient for total, gradient in zip(separate, found, strict=True)]
+    for got, expected in zip(gradients(model(**batch, adapter_names=names)[0]), separate, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    for parameter, state in zip(parameters, states, strict=True):
+        parameter.requires_grad_(state)
+
+
+@each_model
+@each_method
 def test_the_average_of_equals_is_each(name: str, method: str) -> None:
     model, batch, a, b = shared(name), inputs(name), f"{method}_a", f"{method}_b"
     alone = run(model, batch, a)

@@ -74,6 +74,16 @@ def test_rows_are_generated_as_by_themselves(name: str, method: str) -> None:
 @each_generator
 @each_method
 @each_search
+def test_an_adapter_for_each_row(name: str, method: str, beams: int) -> None:
+    batch, names = prompts(name), [method, None, "lora"]
+    alone = [generate(name, rows_of(batch, [row]), child, num_beams=beams)[0] for row, child in enumerate(names)]
+    tokens, _ = generate(name, batch, None, adapter_names=names, num_beams=beams)
+    assert torch.equal(tokens, torch.cat(alone))
+
+
+@each_generator
+@each_method
+@each_search
 def test_parallel_generates_for_each_channel(name: str, method: str, beams: int) -> None:
     batch, children = prompts(name), [method, Stack("lora", method), None]
     tokens, _ = generate(name, batch, Parallel(*children), num_beams=beams)

@@ -1,6 +1,6 @@
 """Bottleneck adapters: a small network after a sub-layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..configuration.checks import (
 from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
 from ..errors import AdapterError
+from ..grouping import Group, grouped_linear
 from ..method import AdapterModule, activation, register, seeded
 from ..signals import SublayerSignal
 from ..sublayers import SublayerSite
@@ -270,6 +271,26 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         """See the class; for each flag see ``BnConfig``."""
         return self.finish(signal, *self.prepare(signal))
 
+    def group_key(self) -> Hashable:
+        """Of equal configuration, without a gate and norms of its own."""
+        config, up = self.config, self.adapter_up
+        own = config.ln_before or config.ln_after or self.gate is not None or isinstance(self.scaling, nn.Parameter)
+        return None if own or type(up) is not nn.Linear else (str(config), up.weight.shape, up.weight.dtype)
+
+    @classmethod
+    def grouped(cls, group: Group, signal: SublayerSignal, index: Tensor | None) -> SublayerSignal:
+        """See the class."""
+        first: Any = group.modules[0]
+
+        def part(name: str, x: Tensor) -> Tensor:
+            return grouped_linear(x, group.stacked(f"{name}.weight"), index, group.stacked(f"{name}.bias"))
+
+        def change(hidden: Tensor) -> Tensor:
+            return part("adapter_up", first.adapter_down[1](part("adapter_down.0", hidden)))
+
+        output: SublayerSignal = first.finish(signal, *first.prepare(signal), change)
+        return output
+
     def prepare(self, signal: SublayerSignal) -> tuple[Tensor, Tensor]:
         """The input x of the adapter and its residual, both (b, s, d)."""
         config, hidden, stream = self.config, signal.hidden, signal.residual
@@ -283,13 +304,20 @@ class Bottleneck(AdapterModule[SublayerSignal]):
             hidden = self.normalised(hidden)
         return hidden, hidden if not config.residual_before_ln else residual
 
-    def finish(self, signal: SublayerSignal, hidden: Tensor, residual: Tensor) -> SublayerSignal:
-        """The sub-layer's new output from the adapter's input and its residual."""
+    def change(self, hidden: Tensor) -> Tensor:
+        """U act(D x)"""
+        update: Tensor = self.adapter_up(self.adapter_down(hidden))
+        return update
+
+    def finish(
+        self, signal: SublayerSignal, hidden: Tensor, residual: Tensor, change: Callable[[Tensor], Tensor] | None = None
+    ) -> SublayerSignal:
+        """The sub-layer's new output from the adapter's input and its residual; `change` in place of its own."""
         config, dtype = self.config, hidden.dtype
         own = self.adapter_up.weight.dtype
         if own != dtype:
             hidden, residual = hidden.to(own), residual.to(own)
-        update = self.adapter_up(self.adapter_down(hidden))
+        update = (change or self.change)(hidden)
         if config.stochastic_depth and self.training and not config.is_parallel:
             update = _drop_rows(update, config.stochastic_depth)
         if isinstance(self.scaling, nn.Parameter) or self.scaling != 1.0:

@@ -1,6 +1,8 @@
 """LoRA: a low-rank change of a linear map."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from ..configuration.checks import (
 from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
 from ..errors import AdapterError
+from ..grouping import Group, grouped_linear, per_row
 from ..method import AdapterModule, register, seeded
 from ..signals import LinearSignal
 from ..sites import LinearSite
@@ -167,6 +170,29 @@ class LoRA(AdapterModule[LinearSignal]):
         x = dropout(x, self.config.dropout, self.training) if self.config.dropout else x
         x = x if x.dtype == self.lora_A.dtype else x.to(self.lora_A.dtype)
         return plus_low_rank(signal, x, self.lora_A, self.lora_B, self.scale, gate)
+
+    def group_key(self) -> Hashable:
+        """Without a gate; all but alpha must be the same."""
+        if self.gate is not None or self.lora_A is None:
+            return None
+        return self.lora_A.shape, self.lora_B.shape, self.lora_A.dtype, self.config.dropout
+
+    @classmethod
+    def grouped(cls, group: Group, signal: LinearSignal, index: Tensor | None) -> LinearSignal:
+        """See the class."""
+        down, up = group.stacked("lora_A"), group.stacked("lora_B")
+        modules: list[Any] = group.modules
+        share = modules[0].config.dropout
+        x = dropout(signal.x, share, modules[0].training) if share else signal.x
+        low = grouped_linear(x.to(down.dtype), down, index)
+        scales = [module.scale for module in modules]
+        if any(scale != 1 for scale in scales):
+            low = (
+                low * per_row(torch.tensor(scales, dtype=low.dtype, device=low.device), index, len(low))[:, None, None]
+            )
+        if low.dtype == signal.output.dtype:
+            return replace(signal, output=grouped_linear(low, up, index, onto=signal.output))
+        return replace(signal, output=signal.output + grouped_linear(low, up, index).to(signal.output.dtype))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + (alpha / r) B A, or (alpha / r) l * W."""

@@ -1,6 +1,6 @@
 """Prefix tuning: learned keys and values in front of those of an attention."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..configuration.checks import check_activation, check_fraction, check_integ
 from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
 from ..errors import AdapterError
+from ..grouping import Group, per_row
 from ..method import AdapterModule, activation, register, seeded
 from ..signals import PrefixSignal
 
@@ -164,6 +165,20 @@ class Prefix(AdapterModule[PrefixSignal]):
                     "needs one shape. Leave the layers of the others out with leave_out, or use LoRA."
                 )
         return nn.ModuleDict({kind: PrefixGroup(config, members) for kind, members in kinds.items()})
+
+    def group_key(self) -> Hashable:
+        """Of one length and without a gate."""
+        group = self._group[0]
+        return None if self.weight is not None else (group.length, group.heads, group.head_width, self.dropout)
+
+    @classmethod
+    def grouped(cls, group: Group, signal: PrefixSignal, index: Tensor | None) -> PrefixSignal:
+        """See the class."""
+        modules: list[Any] = group.modules
+        states = torch.stack([module._group[0].layer(module.index) for module in modules])  # (n, 2, heads, p, w)
+        states = dropout(states, modules[0].dropout, modules[0].training)
+        key, value = per_row(states, index, len(signal)).to(signal.key.dtype).unbind(1)
+        return signal.with_prefix(key, value)
 
     def forward(self, signal: PrefixSignal) -> PrefixSignal:
         """See the class."""
