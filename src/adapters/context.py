@@ -47,8 +47,8 @@ class Forward:
 
     sites: the model's sites; setup: the effective composition; plans: the part of it that acts at each site, by the
     site's index; masks: by stack ("", "encoder", "decoder") the attention mask (b, s) that the model was given;
-    task_ids: (b,) for MultiTask; assignment: for Rows, the child of each row; repeated: the batch already has a copy
-    for every channel of Parallel; record: what to report.
+    task_ids: (b,) for MultiTask; assignment: (b,) for Rows, the child of each row; repeated: the batch already has a
+    copy for every channel of Parallel; record: what to report.
     """
 
     sites: SiteMap
@@ -56,7 +56,7 @@ class Forward:
     plans: tuple[Setup, ...]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     task_ids: Tensor | None = None
-    assignment: tuple[int, ...] = ()
+    assignment: Tensor | None = None
     repeated: bool = False
     record: Record | None = None
 

@@ -95,7 +95,7 @@ def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
 
 
 def _evaluate_tasks(tree: MultiTask, signal: S, site: Site) -> S:
-    tasks = torch.as_tensor(site.task_ids(tree))
+    tasks = site.task_ids(tree)
     if signal.rows is not None:
         tasks = tasks[signal.rows]
     elif site.rows_are_expanded and len(tasks) and len(signal) % len(tasks) == 0:

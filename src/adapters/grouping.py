@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from .derived import Derived
 from .signals import Signal
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Group:
         numbers = iter(range(len(self.modules)))
         self._number = [-1 if module is None else next(numbers) for module in children]
         self.complete = len(self.modules) == len(children)
-        self._stacked: dict[str, tuple[tuple[tuple[int, int], ...], Tensor]] = {}
+        self._stacked = Derived()
 
     @classmethod
     def of(cls, children: Sequence[AdapterModule[Any] | None]) -> Group | None:
@@ -58,16 +59,9 @@ class Group:
         return signal.select(index >= 0, output)
 
     def stacked(self, name: str) -> Tensor:
-        """(n, …) the parameter of that name of all modules. Without gradients it is kept until one changes."""
+        """(n, …) the parameter of that name of all modules."""
         parameters: list[Tensor] = [module.get_parameter(name) for module in self.modules]
-        fixed = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if fixed or any(parameter.is_inference() for parameter in parameters):
-            return torch.stack(parameters)
-        stamp = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
-        kept = self._stacked.get(name)
-        if kept is None or kept[0] != stamp:
-            kept = self._stacked[name] = (stamp, torch.stack(parameters))
-        return kept[1]
+        return self._stacked.get(name, parameters, lambda: torch.stack(parameters))
 
 
 def grouped_linear(

@@ -8,7 +8,7 @@ a site has adapters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
@@ -202,10 +202,10 @@ class Site:
             "use Average for other methods."
         )
 
-    def task_ids(self, tree: MultiTask) -> Tensor | Sequence[int]:
+    def task_ids(self, tree: MultiTask) -> Tensor:
         """(b,) the child of `tree` that each row goes to."""
         forward = current()
-        if isinstance(tree, Rows) and forward is not None:
+        if isinstance(tree, Rows) and forward is not None and forward.assignment is not None:
             return forward.assignment
         if forward is None or forward.task_ids is None:
             raise CompositionError(

@@ -130,7 +130,12 @@ class SublayerSite(Site):
 
     def fuse(self, tree: Fuse, signal: S) -> S:
         """AdapterFusion: the last child prepares the query and the residual, all children give the values."""
-        last = self.adapters[tree.last()]
+        fusion: Any = self.fusions[tree.name]
+        fused: S
+        modules = [self.adapters.get(child) if isinstance(child, str) else None for child in tree.children]
+        if fusion.joins(modules, signal):
+            fused = fusion.joint(signal, modules)
+            return fused
         outputs = [evaluate(child, signal, self) for child in tree.children if child is not None]
-        fused: S = self.fusions[tree.name](signal, outputs, last)
+        fused = fusion(signal, outputs, self.adapters[tree.last()])
         return fused

@@ -196,9 +196,11 @@ def _open(model: ModelAdaptersMixin, own: Mapping[str, Any], inputs: Mapping[str
     sites = model.adapter_sites
     setup, plans = sites.effective()
     context = AdapterSetup.get_context()
-    assignment = () if context is None else context.assignment
-    if assignment and state.generating is not sites:
-        _check_assignment(assignment, inputs.values())
+    assignment = None
+    if context is not None and context.assignment:
+        if state.generating is not sites:
+            _check_assignment(context.assignment, inputs.values())
+        assignment = torch.tensor(context.assignment, device=model.device)
     gates, attentions = own.get("output_adapter_gating_scores"), own.get("output_adapter_fusion_attentions")
     return Forward(
         sites,

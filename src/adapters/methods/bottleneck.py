@@ -271,6 +271,33 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         """See the class; for each flag see ``BnConfig``."""
         return self.finish(signal, *self.prepare(signal))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether what it adds is s (U act(D x) + b) and nothing else, at this moment."""
+        drops_rows = self.training and self.config.stochastic_depth
+        plain = type(self.adapter_up) is nn.Linear and not drops_rows and self.gate is None
+        return plain and not self.config.ln_before
+
+    @property
+    def preparation(self) -> Hashable:
+        """Bottlenecks with equal ones make the same x and residual of a signal; so do their activations."""
+        config = self.config
+        return config.is_parallel, config.original_ln_before, config.residual_before_ln, config.non_linearity
+
+    @property
+    def down(self) -> tuple[Tensor, Tensor]:
+        """D and its bias."""
+        linear: Any = self.adapter_down[-2]
+        return linear.weight, linear.bias
+
+    @property
+    def up(self) -> tuple[Tensor, Tensor]:
+        """s U and s b: what follows the activation, scaled."""
+        up, scale = self.adapter_up, self.scaling
+        if not isinstance(scale, nn.Parameter):
+            return (up.weight, up.bias) if scale == 1.0 else (up.weight * scale, up.bias * scale)
+        return up.weight * scale[:, None], up.bias * scale
+
     def group_key(self) -> Hashable:
         """Of equal configuration, without a gate and norms of its own."""
         config, up = self.config, self.adapter_up

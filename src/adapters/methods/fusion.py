@@ -1,16 +1,18 @@
 """AdapterFusion: attention over the outputs of several adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..configuration.base import AdapterConfig
 from ..configuration.checks import check_fraction
 from ..configuration.files import read_config_file
 from ..context import current
+from ..derived import Derived
 from ..errors import ConfigError, suggestion
 from ..signals import SublayerSignal
 from .bottleneck import Bottleneck
@@ -149,6 +151,7 @@ class Fusion(nn.Module):
         if config.temperature:
             self.register_buffer("temperature", torch.tensor(50.0))
         self.temperature: Tensor
+        self._derived = Derived()
         self.name, self.layer, self.location = "", -1, ""
 
     def forward(self, signal: SublayerSignal, outputs: list[SublayerSignal], last: Bottleneck) -> SublayerSignal:
@@ -158,21 +161,90 @@ class Fusion(nn.Module):
         own = [output.update for output in outputs if output.update is not None]
         updates = torch.stack(own, 2)  # (b, s, n, d)
         values = updates + residual[:, :, None] if config.residual_before else updates
-        before_norm = config.query_before_ln and not last.config.is_parallel
-        scores = self._scores(signal.hidden if before_norm else hidden, updates)
-        if config.value_before_softmax and self.value is not None:
-            values = self.value(values)
-        context = torch.einsum("bsn,bsnd->bsd", scores, values)
-        if not config.value_before_softmax and self.value is not None:
-            context = self.value(context)
-        output = context if config.residual_before else context + residual
-        return last.concluded(replace(signal, hidden=output, update=context))
-
-    def _scores(self, query: Tensor, updates: Tensor) -> Tensor:
-        """(b, s, n) the weight of each adapter at each position."""
+        query = self._asker(signal, hidden, last)
         query = query if self.query is None else self.query(query)
         keys = updates if self.key is None else self.key(updates)
-        scores = torch.einsum("bsd,bsnd->bsn", query, keys)
+        weights = self._weights(torch.einsum("bsd,bsnd->bsn", query, keys))
+        if config.value_before_softmax and self.value is not None:
+            values = self.value(values)
+        context = torch.einsum("bsn,bsnd->bsd", weights, values)
+        if not config.value_before_softmax and self.value is not None:
+            context = self.value(context)
+        return self._concluded(signal, context, residual, last)
+
+    @staticmethod
+    def joins(modules: Sequence[Any], signal: SublayerSignal) -> bool:
+        """Whether ``joint`` is possible: plain bottlenecks that prepare alike, of the dtype of the hidden states."""
+        return (
+            all(isinstance(module, Bottleneck) and module.is_plain for module in modules)
+            and len({module.preparation for module in modules}) == 1
+            and all(module.adapter_up.weight.dtype == signal.hidden.dtype for module in modules)
+        )
+
+    def joint(self, signal: SublayerSignal, modules: Sequence[Bottleneck]) -> SublayerSignal:
+        """As ``forward``, in the adapters' inner spaces: u_i = U_i z_i + b_i is never computed.
+
+        q . K u_i = (U_i^T K^T q) . z_i and sum_i p_i V u_i = (V U) (p z), with the U_i side by side and the p_i z_i one
+        below the other, so that the number of adapters hardly counts.
+        """
+        last, config, sizes = modules[-1], self.config, [module.adapter_up.in_features for module in modules]
+        hidden, residual = last.prepare(signal)
+        down, down_bias = self._side_by_side(modules, "down", lambda module: module.down, 0)
+        up, up_bias = self._side_by_side(modules, "up", lambda module: module.up, 1)
+        inner = last.adapter_down[-1](linear(hidden, down, down_bias))
+        query, constant = self._key_space(self._asker(signal, hidden, last))
+        scores = _sums(linear(query, up.T) * inner, sizes) + linear(query, up_bias.view(len(modules), -1))
+        weights = self._weights(scores if constant is None else scores + constant)
+        spread = weights.repeat_interleave(torch.tensor(sizes, device=weights.device), -1, output_size=sum(sizes))
+        context = linear(spread * inner, up) + weights @ up_bias.view(len(modules), -1)
+        if self.value is not None:
+            context = self.value(context + residual if config.residual_before else context)
+        elif config.residual_before:
+            context = context + residual
+        return self._concluded(signal, context, residual, last)
+
+    def _asker(self, signal: SublayerSignal, hidden: Tensor, last: Bottleneck) -> Tensor:
+        before_norm = self.config.query_before_ln and not last.config.is_parallel
+        return signal.hidden if before_norm else hidden
+
+    def _concluded(self, signal: SublayerSignal, context: Tensor, residual: Tensor, last: Bottleneck) -> SublayerSignal:
+        output = context if self.config.residual_before else context + residual
+        return last.concluded(replace(signal, hidden=output, update=context))
+
+    def _side_by_side(
+        self, modules: Sequence[Bottleneck], name: str, read: Callable[[Bottleneck], tuple[Tensor, Tensor]], dim: int
+    ) -> tuple[Tensor, Tensor]:
+        parameters = [tensor for module in modules for tensor in module.parameters()]
+
+        def join() -> tuple[Tensor, Tensor]:
+            weights, biases = zip(*map(read, modules), strict=True)
+            return torch.cat(weights, dim), torch.cat(biases)
+
+        return self._derived.get((name, tuple(map(id, modules))), parameters, join)
+
+    def _key_space(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """K^T (Q x) and, where it is not the same for all adapters to the end, (Q x) . b_K."""
+        query, key = self.query, self.key
+        if query is None or key is None:
+            x = x if query is None else query(x)
+            return (x, None) if key is None else (x @ key.weight, self._constant(x))
+        parameters = [query.weight, query.bias, key.weight]
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        if trained or self.training:
+            asked = query(x)
+            return asked @ key.weight, self._constant(asked)
+        both, bias = self._derived.get(
+            "query", parameters, lambda: (key.weight.T @ query.weight, query.bias @ key.weight)
+        )
+        return linear(x, both, bias), None
+
+    def _constant(self, query: Tensor) -> Tensor | None:
+        """The softmax takes what all scores share away, unless dropout comes first."""
+        dropped = self.training and self.dropout and self.key is not None
+        return (query @ self.key.bias)[..., None] if dropped and self.key is not None else None
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        """(b, s, n) the weight of each adapter at each position."""
         scores = nn.functional.dropout(scores, self.dropout, self.training)
         if self.config.temperature:
             scores = scores / self.temperature
@@ -193,9 +265,16 @@ class Fusion(nn.Module):
         return 0.01 * (identity - self.value.weight).pow(2).sum()
 
 
+def _sums(products: Tensor, sizes: list[int]) -> Tensor:
+    """(b, s, n) the sums over consecutive parts of these sizes of (b, s, sum of sizes)."""
+    if len(set(sizes)) == 1:
+        return products.view(*products.shape[:-1], len(sizes), sizes[0]).sum(-1)
+    return torch.stack([part.sum(-1) for part in torch.split(products, sizes, -1)], -1)
+
+
 def _projection(width: int, bias: bool) -> nn.Linear:
-    linear = nn.Linear(width, width, bias=bias)
-    nn.init.normal_(linear.weight, std=0.02)
+    projection = nn.Linear(width, width, bias=bias)
+    nn.init.normal_(projection.weight, std=0.02)
     if bias:
-        nn.init.zeros_(linear.bias)
-    return linear
+        nn.init.zeros_(projection.bias)
+    return projection

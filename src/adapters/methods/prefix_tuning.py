@@ -13,6 +13,7 @@ from ..configuration.base import AdapterConfig
 from ..configuration.checks import check_activation, check_fraction, check_integer, check_layers
 from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
+from ..derived import Derived
 from ..errors import AdapterError
 from ..grouping import Group, per_row
 from ..method import AdapterModule, activation, register, seeded
@@ -71,8 +72,7 @@ class PrefixGroup(nn.Module):
         self.length, self.layers = config.prefix_length, len(sites)
         self.heads, self.head_width = site.heads, site.head_width
         self.positions = {member.index: position for position, member in enumerate(sites)}
-        self._kept: dict[int, Tensor] = {}
-        self._kept_for: tuple[object, ...] = ()
+        self._kept = Derived()
         size = 2 * len(sites) * site.heads * site.head_width
         self.control_trans: nn.Sequential | nn.Parameter
         with seeded(config.init_weights_seed):
@@ -87,21 +87,8 @@ class PrefixGroup(nn.Module):
             )
 
     def layer(self, index: int) -> Tensor:
-        """(2, heads, p, head width) the keys and values of the `index`-th layer.
-
-        Without gradients they are computed once and kept until a parameter changes.
-        """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._compute(index)
-        parameters = list(self.parameters())
-        if any(parameter.is_inference() for parameter in parameters):  # these have no version, a change is not seen
-            return self._compute(index)
-        stamp = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
-        if stamp != self._kept_for:
-            self._kept, self._kept_for = {}, stamp
-        if index not in self._kept:
-            self._kept[index] = self._compute(index)
-        return self._kept[index]
+        """(2, heads, p, head width) the keys and values of the `index`-th layer."""
+        return self._kept.get(index, self.parameters(), lambda: self._compute(index))
 
     def _compute(self, index: int) -> Tensor:
         if isinstance(self.control_trans, nn.Parameter):
