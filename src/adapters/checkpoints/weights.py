@@ -22,6 +22,7 @@ CONTAINERS = "|".join(
     (
         "adapters",
         "invertible_adapters",
+        "linear_adapters",
         "loras",
         "prefix_gates",
         "prefix_tunings",
