@@ -29,7 +29,8 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
 
     container: the name under which such modules stand in a state dict (``<site>.<container>.<adapter>.…``);
     shared_container: the same for what the modules of one adapter share, at the base model;
-    name, layer, location: whose module this is and where, set by the site that takes it in.
+    name, layer, location: whose module this is and where, set by the site that takes it in;
+    transforms_input: at a linear map, ``transform_input`` says what the map is given in place of x.
     """
 
     container: ClassVar[str]
@@ -37,6 +38,7 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
     layer: int
     location: str
     shared_container: ClassVar[str] = "shared_parameters"
+    transforms_input: ClassVar[bool] = False
     site_type: ClassVar[type[Site]]
 
     @classmethod
@@ -52,6 +54,14 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
     @abstractmethod
     def forward(self, signal: S) -> S:
         """The mathematics of the method: a signal in, a signal of the same rows out."""
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """(b, s, in) what the map is given in place of x (b, s, in), where this adapter acts alone.
+
+        ``forward`` is called all the same, with a signal that is ``transformed``. In a block, and at a slice of a fused
+        map, it is called with a signal that is not, and adds to Wx.
+        """
+        raise NotImplementedError
 
     @classmethod
     def share(cls, config: Any, sites: Sequence[Any]) -> nn.Module | None:

@@ -104,11 +104,13 @@ class LinearSignal(Signal):
     """At a linear map W: its input x (b, s, in) and its output (b, s, out), which starts as Wx.
 
     owned: nobody else holds the output and no gradient is asked for, so that it may be changed in place.
+    transformed: x is what the adapter's ``transform_input`` made of the map's input, and the output starts from that.
     """
 
     x: Tensor
     output: Tensor
     owned: bool = False
+    transformed: bool = False
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,19 @@ class LinearSite(Site):
         """Hook the output of the map."""
         return [self.host.register_forward_hook(self.on_output, prepend=True)]
 
+    def put(self, name: str, module: AdapterModule[Any]) -> None:
+        """Take in an adapter; the first that has an input of its own for the map needs one more hook."""
+        super().put(name, module)
+        if module.transforms_input and not self.part and len(self._handles) == 1:
+            self._handles.append(self.host.register_forward_pre_hook(self.on_input, prepend=True))
+
+    def on_input(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The map is given what the adapter makes of x, where one acts alone: Wx itself is then not needed."""
+        plan = self.plan()
+        if not isinstance(plan, str) or not self.adapters[plan].transforms_input:
+            return None
+        return self.adapters[plan].transform_input(args[0]), *args[1:]
+
     def on_output(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Wx becomes what the adapters make of it."""
         plan = self.plan()
@@ -298,7 +311,8 @@ class LinearSite(Site):
             return None
         owned = isinstance(plan, str) and not torch.is_grad_enabled()
         if not self.part:
-            return evaluate(plan, LinearSignal(None, args[0], output, owned), self).output
+            transformed = isinstance(plan, str) and self.adapters[plan].transforms_input
+            return evaluate(plan, LinearSignal(None, args[0], output, owned, transformed), self).output
         stop = self.start + self.outputs
         own = output[..., self.start : stop]
         part = evaluate(plan, LinearSignal(None, args[0], own, owned), self).output
