@@ -3,6 +3,8 @@
 import copy
 import functools
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import (
@@ -76,6 +78,30 @@ METHODS |= {
 BOTTLENECKS = ("seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn", "adapter_plus")
 PREFIXES = ("prefix_tuning", "prefix_tuning_flat", "gated_prefix", "mam", "unipelt")
 GATED = ("gated_bn", "gated_lora", "gated_prefix", "unipelt")
+
+# One row for each further method, with small sizes. tests/laws/test_method_laws.py runs them all.
+MORE_METHODS: dict[str, AdapterConfig] = {}
+# What a method claims of itself; names of METHODS and MORE_METHODS.
+# Identity at start, with the largest deviation that is allowed: 0 is bit for bit.
+IDENTITY: dict[str, float] = {"par_bn": 0, "scaled_par_bn": 0, "lora": 0, "ia3": 0, "gated_lora": 0}
+# ``merge_adapter`` works.
+MERGES: set[str] = {"lora", "ia3"}
+# ``generate`` with a cache is not what it is without.
+WITHOUT_CACHE_LAW: set[str] = {*GATED}  # a gate is the mean over the positions that a pass sees
+# Architectures that refuse the method, with its reason.
+REFUSED: dict[str, tuple[str, ...]] = {}
+# The number of parameters at one site, and of what an adapter's modules share.
+COUNTS: dict[str, Callable[[Any, Any], int]] = {
+    "lora": lambda config, site: config.r * (site.inputs + site.outputs),
+    "ia3": lambda config, site: site.outputs,
+    "gated_lora": lambda config, site: config.r * (site.inputs + site.outputs) + site.inputs + 1,
+    "seq_bn": lambda config, site: 2 * site.width * (w := site.width // 4) + w + site.width,
+}
+COUNTS |= dict.fromkeys(("double_seq_bn", "par_bn"), COUNTS["seq_bn"])
+COUNTS["scaled_par_bn"] = lambda config, site: COUNTS["seq_bn"](config, site) + 1
+COUNTS["gated_bn"] = lambda config, site: COUNTS["seq_bn"](config, site) + site.width + 1
+COUNTS["adapter_plus"] = lambda config, site: COUNTS["seq_bn"](config, site) + site.width
+SHARED_COUNTS: dict[str, Callable[[Any, list[Any]], int]] = {}
 
 
 def generator(name: str) -> torch.Generator:
@@ -154,15 +180,16 @@ def shared(name: str):
     for method, configuration in METHODS.items():
         for suffix in ("a", "b", "partial"):
             left_out = [0] if suffix == "partial" else []
-            model.add_adapter(f"{method}_{suffix}", _leaving_out(configuration, left_out))
+            model.add_adapter(f"{method}_{suffix}", changed(configuration, leave_out=left_out))
             disturb(model, f"{method}_{suffix}")
     return model
 
 
-def _leaving_out(configuration: AdapterConfig, layers: list[int]) -> AdapterConfig:
+def changed(configuration: AdapterConfig, **fields: Any) -> AdapterConfig:
+    """Other values of the fields that a configuration, or a member of a union, has."""
     if isinstance(configuration, adapters.ConfigUnion):
-        return adapters.ConfigUnion(*(_leaving_out(part, layers) for part in configuration.configs))
-    return configuration.replace(leave_out=layers)
+        return adapters.ConfigUnion(*(changed(part, **fields) for part in configuration.configs))
+    return configuration.replace(**{key: value for key, value in fields.items() if key in configuration})
 
 
 @torch.no_grad()
