@@ -1,6 +1,6 @@
 """Bottleneck adapters: a small network after a sub-layer."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..grouping import Group, grouped_linear
 from ..method import AdapterModule, activation, register, seeded
 from ..signals import SublayerSignal
 from ..sublayers import SublayerSite
+from .hypercomplex import SharedByLayers, projection
 
 INITIALISATIONS = ("bert", "mam_adapter", "houlsby")
 
@@ -219,11 +220,11 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         super().__init__()
         width = site.width
         self.stack, self.normalised, self.config = site.stack, site.normalised, config
-        inner = max(1, int(width // _reduction(config, site.layer)))
+        inner = _inner_width(config, site)
         before: list[nn.Module] = [nn.LayerNorm(width)] if config.ln_before else []
-        down = nn.Linear(width, inner)
+        down = projection(config, width, inner, "down", shared)
         self.adapter_down = nn.Sequential(*before, down, activation(config.non_linearity))
-        self.adapter_up = nn.Linear(inner, width)
+        self.adapter_up: Any = projection(config, inner, width, "up", shared)
         self.adapter_norm_after = nn.LayerNorm(width) if config.ln_after else None
         self.scaling: float | nn.Parameter
         if isinstance(config.scaling, str):
@@ -237,12 +238,6 @@ class Bottleneck(AdapterModule[SublayerSignal]):
     @classmethod
     def wants(cls, config: BnConfig, site: SublayerSite) -> bool:
         """At the sub-layers that the configuration's location flags name."""
-        if config.phm_layer or config.inv_adapter:
-            missing = "phm_layer" if config.phm_layer else "inv_adapter"
-            raise AdapterError(
-                f"add_adapter(config={type(config).__name__}): {missing}={config[missing]!r} has no implementation in "
-                f"this version; use a configuration without it."
-            )
         return bool(config[site.location]) and site.layer not in config.leave_out
 
     @classmethod
@@ -250,22 +245,29 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         """The location flags that are set."""
         return {location for location in SublayerSite.locations.values() if config[location]}
 
-    def _initialise(self, down: nn.Linear) -> None:
-        scheme, gates = self.config.init_weights, [self.gate] if self.gate is not None else []
-        up = self.adapter_up
-        match scheme:
+    @classmethod
+    def share(cls, config: BnConfig, sites: Sequence[SublayerSite]) -> nn.Module | None:
+        """For Compacter the rule and W, as configured."""
+        if not config.phm_layer or not (config.shared_phm_rule or config.shared_W_phm):
+            return None
+        return SharedByLayers(config, [(site.width, _inner_width(config, site)) for site in sites])
+
+    def _initialise(self, down: nn.Module) -> None:
+        """The hypercomplex ones initialise themselves."""
+        gates = [self.gate] if self.gate is not None else []
+        dense = [linear for linear in (down, self.adapter_up) if isinstance(linear, nn.Linear)]
+        for linear in dense:
+            nn.init.zeros_(linear.bias)
+        match self.config.init_weights:
             case "bert":
-                _normal(down, up, *gates)
-            case "mam_adapter":
-                nn.init.kaiming_uniform_(down.weight, a=5**0.5)
-                nn.init.zeros_(down.bias)
-                nn.init.zeros_(up.weight)
-                nn.init.zeros_(up.bias)
+                _normal(*dense, *gates)
+            case "mam_adapter":  # torch makes linear maps kaiming-uniform with a = sqrt(5), as D shall be
+                for up in dense[1:]:
+                    nn.init.zeros_(up.weight)
                 _normal(*gates)
             case _:
-                for linear in (down, up):
+                for linear in dense:
                     nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
-                    nn.init.zeros_(linear.bias)
 
     def forward(self, signal: SublayerSignal) -> SublayerSignal:
         """See the class; for each flag see ``BnConfig``."""
@@ -341,7 +343,7 @@ class Bottleneck(AdapterModule[SublayerSignal]):
     ) -> SublayerSignal:
         """The sub-layer's new output from the adapter's input and its residual; `change` in place of its own."""
         config, dtype = self.config, hidden.dtype
-        own = self.adapter_up.weight.dtype
+        own = self.adapter_up.weight.dtype if isinstance(self.adapter_up, nn.Linear) else self.adapter_up.dtype
         if own != dtype:
             hidden, residual = hidden.to(own), residual.to(own)
         update = (change or self.change)(hidden)
@@ -371,17 +373,15 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         return replace(signal, final=torch.ones_like(signal.hidden[..., :1], dtype=torch.bool))
 
 
-def _reduction(config: BnConfig, layer: int) -> float:
+def _inner_width(config: BnConfig, site: SublayerSite) -> int:
     factors = config.reduction_factor
-    if not isinstance(factors, Mapping):
-        return factors
-    factor = factors.get(str(layer), factors.get("default"))
+    factor = factors.get(str(site.layer), factors.get("default")) if isinstance(factors, Mapping) else factors
     if factor is None:
         raise AdapterError(
-            f"BnConfig(reduction_factor={dict(factors)}): layer {layer} has no entry and there is no 'default'; "
+            f"BnConfig(reduction_factor={factors}): layer {site.layer} has no entry and there is no 'default'; "
             "give the layer's factor or a 'default'."
         )
-    return factor
+    return max(1, int(site.width // factor))
 
 
 def _normal(*linears: Any) -> None:
