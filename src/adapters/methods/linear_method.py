@@ -1,18 +1,47 @@
 """What methods that change a linear map have in common: where they sit, and how a change of the weight is applied."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from ..configuration.checks import check_fraction
-from ..configuration.linear import LinearMethodConfig
+from ..configuration.base import AdapterConfig
+from ..configuration.checks import check_dtype, check_fraction, check_layers, check_letters
 from ..derived import Derived
 from ..method import AdapterModule
 from ..signals import LinearSignal
 from ..sites import LinearSite
+from .lora import ATTENTION_MATRICES, plus_low_rank
+
+
+@dataclass(eq=False)
+class LinearMethodConfig(AdapterConfig):
+    """The linear maps that a method changes, by the names that ``LoRAConfig`` has for them.
+
+    ``selfattn_lora``: the projections of every attention that ``attn_matrices`` names (q, k, v and o, the output);
+    ``intermediate_lora`` and ``output_lora``: the first and the second map of the feed-forward block; in all layers
+    but those in ``leave_out``. ``dtype`` is the name of the torch dtype of the new parameters; None is the model's.
+
+    Raises:
+        ConfigError: a field is unknown or its value is not allowed.
+    """
+
+    architecture: str | None = None
+    selfattn_lora: bool = True
+    intermediate_lora: bool = False
+    output_lora: bool = False
+    leave_out: list[int] = field(default_factory=list)
+    attn_matrices: list[str] = field(default_factory=lambda: ["q", "v"])
+    init_weights_seed: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self, "leave_out")
+        check_letters(self, "attn_matrices", ATTENTION_MATRICES)
+        check_dtype(self, "dtype")
 
 
 @dataclass(eq=False)
@@ -38,12 +67,13 @@ class LinearMethod(AdapterModule[LinearSignal]):
     @classmethod
     def wants(cls, config: LinearMethodConfig, site: LinearSite) -> bool:
         """At the projections that the configuration's flags and ``attn_matrices`` name."""
-        return config.includes(site.location, site.role, site.layer)
+        named = site.role not in ATTENTION_MATRICES or site.role in config.attn_matrices
+        return bool(config[site.location]) and named and site.layer not in config.leave_out
 
     @classmethod
     def asks_for(cls, config: LinearMethodConfig) -> set[str]:
         """The location flags that are set."""
-        return config.locations()
+        return {location for location in LinearSite.locations.values() if config[location]}
 
     def new(self, *shape: int) -> nn.Parameter:
         """A parameter without values yet, of the dtype that the configuration asks for."""
@@ -80,6 +110,24 @@ class LinearUpdate(LinearMethod):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + ΔW."""
         return weight + self.delta().to(weight.dtype)
+
+
+class LowRankUpdate(LinearUpdate):
+    """y = Wx + up (down x): a change that is applied in two narrow products."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (k, in) and up (out, k)."""
+
+    def delta(self) -> Tensor:
+        """See the base."""
+        down, up = self.factors()
+        return up @ down
+
+    def forward(self, signal: LinearSignal) -> LinearSignal:
+        """See the class."""
+        down, up = self._kept.get("factors", self.sources(), self.factors)
+        return plus_low_rank(signal, self.dropped(signal.x).to(down.dtype), down, up, 1.0)
 
 
 def plus_product(signal: LinearSignal, x: Tensor, weight: Tensor) -> LinearSignal:
