@@ -92,6 +92,10 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
             f"merge_adapter: {type(self).__name__} cannot be merged into a weight; LoRA can. Keep it active instead."
         )
 
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """The bias (out,) of the site's linear map with this adapter worked in."""
+        return bias
+
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:

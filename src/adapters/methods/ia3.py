@@ -1,9 +1,15 @@
 """(IA)³: learned vectors that scale the outputs of linear maps."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
 
 from ..configuration.registry import register_config, register_preset
-from .lora import LoRAConfig
+from ..method import register
+from ..signals import LinearSignal
+from ..sites import LinearSite
+from .lora import LinearChange, LoRAConfig, initialise
 
 
 @dataclass(eq=False)
@@ -20,3 +26,39 @@ class IA3Config(LoRAConfig):
 
 register_preset(IA3Config, LoRAConfig, lambda config: config.composition_mode == "scale")
 register_config("ia3", IA3Config())
+
+
+@register(LoRAConfig, LinearSite)
+class IA3(LinearChange):
+    """y = alpha l * (Wx + b)
+
+    Rescaled outputs of a linear map. Liu et al. 2022, arXiv:2205.05638, section 3.3. With ``use_gating`` the vector is
+    multiplied by a gate, one for each row.
+
+    Site: LinearSite. Parameters: lora_B = l (out, 1), gate (1, in).
+    Start: identity (l = 1, alpha = 1). Merges: yes, with the bias, unless gated.
+    Differs from 1.x: a gated one is scaled by alpha too; merging scales the bias, as the forward pass does.
+    """
+
+    variant = "ia3"
+
+    def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
+        super().__init__(config, site, shared)
+        self.lora_B = nn.Parameter(torch.empty(site.outputs, 1, dtype=self.dtype))
+        initialise(self.lora_B, config.init_weights, zero=True)
+
+    def forward(self, signal: LinearSignal) -> LinearSignal:
+        """See the class."""
+        factor, gate = self.lora_B.T[0], self.opened(signal)
+        factor = factor if self.scale == 1 else factor * self.scale
+        factor = factor if gate is None else factor * gate[:, None]
+        return replace(signal, output=signal.output * factor.to(signal.output.dtype))
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The rows of W times alpha l."""
+        self.refuse_gate()
+        return weight * (self.lora_B * self.scale).to(weight.dtype)
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """b times alpha l."""
+        return bias * (self.lora_B[:, 0] * self.scale).to(bias.dtype)

@@ -1,8 +1,9 @@
 """LoRA: a low-rank change of a linear map."""
 
+from abc import abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
 from ..errors import AdapterError
 from ..grouping import Group, grouped_linear, per_row
-from ..method import AdapterModule, register, seeded
+from ..method import AdapterModule, register
 from ..signals import LinearSignal
 from ..sites import LinearSite
 
@@ -79,6 +80,16 @@ class LoRAConfig(AdapterConfig):
         if self.composition_mode == "scale":
             self._check_scale()
 
+    @property
+    def variant(self) -> str:
+        """Which kind of change the fields describe: "lora", "ia3", "dora", "vera" or "dvora"."""
+        if self.composition_mode == "scale":
+            return "ia3"
+        is_vera = self.vera_d is not None or self.vera_b is not None
+        if self.use_dora:
+            return "dvora" if is_vera else "dora"
+        return "vera" if is_vera else "lora"
+
     def _check_scale(self) -> None:
         """(IA)³ multiplies by one vector: it has no rank, no input to drop, no A and B."""
         wrong = "not possible with composition_mode='scale'"
@@ -88,6 +99,9 @@ class LoRAConfig(AdapterConfig):
             raise self.refusal("dropout", wrong, "it must be 0")
         if self.use_dora:
             raise self.refusal("use_dora", wrong, "it must be False")
+        for name in ("vera_d", "vera_b"):
+            if self[name] is not None:
+                raise self.refusal(name, wrong, "it must be None")
         if self.init_weights == "vera":
             raise self.refusal("init_weights", wrong, "it must be 'ia3', 'bert' or 'lora'")
 
@@ -96,84 +110,106 @@ register_architecture("lora", LoRAConfig)
 register_config("lora", LoRAConfig())
 
 
-@register(LoRAConfig, LinearSite)
-class LoRA(AdapterModule[LinearSignal]):
-    """y = Wx + (alpha / r) B A x, or y = (alpha / r) l * Wx with ``composition_mode="scale"``
+class LinearChange(AdapterModule[LinearSignal]):
+    """What the kinds of change that a LoRAConfig describes have in common: their places, scale and gate.
 
-    Low-rank change of a linear map. Hu et al. 2021, arXiv:2106.09685, eq. 3. The second form is (IA)³, Liu et al.
-    2022, arXiv:2205.05638, section 3.3. With ``use_gating`` the change is multiplied by a gate, one for each row.
-
-    Site: LinearSite. Parameters: lora_A (r, in), lora_B (out, r), gate (1, in); in the second form lora_B = l (out, 1).
-    Start: identity (lora_B = 0; l = 1). Merges: yes, unless gated.
-    Differs from 1.x: in a Stack each LoRA sees x, not the previous change; a gated one is scaled by alpha / r too.
+    variant: which configurations mean this kind, see ``LoRAConfig.variant``.
     """
 
     container = "loras"
+    variant: ClassVar[str]
 
     def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
         super().__init__()
         self.stack, self.config, self.scale = site.source, config, config.alpha / config.r
-        dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        self.lora_A = (
-            None
-            if config.composition_mode == "scale"
-            else nn.Parameter(torch.empty(config.r, site.inputs, dtype=dtype))
-        )
-        self.lora_B = nn.Parameter(torch.empty(site.outputs, config.r, dtype=dtype))
+        self.dtype: torch.dtype | None = None if config.dtype is None else getattr(torch, config.dtype)
         self.gate = nn.Linear(site.inputs, 1) if config.use_gating else None
-        with seeded(config.init_weights_seed):
-            self._initialise(config.init_weights)
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=0.02)
 
     @classmethod
     def wants(cls, config: LoRAConfig, site: LinearSite) -> bool:
         """At the projections that the configuration's flags and ``attn_matrices`` name."""
-        if config.use_dora or config.vera_d is not None or config.vera_b is not None or config.architecture != "lora":
-            raise AdapterError(
-                f"add_adapter(config={type(config).__name__}): this version has no implementation of DoRA, VeRA and "
-                "MTL-LoRA; use LoRAConfig without use_dora, vera_d and vera_b."
-            )
         named = site.location != "selfattn_lora" or site.role in config.attn_matrices
-        return bool(config[site.location]) and named and site.layer not in config.leave_out
+        chosen = config.variant == cls.variant and bool(config[site.location])
+        return chosen and named and site.layer not in config.leave_out
 
     @classmethod
     def asks_for(cls, config: LoRAConfig) -> set[str]:
         """The location flags that are set."""
         return {location for location in LinearSite.locations.values() if config[location]}
 
-    def _initialise(self, scheme: str) -> None:
-        for matrix in (self.lora_B,) if self.lora_A is None else (self.lora_A, self.lora_B):
-            match scheme:
-                case "lora" if matrix is self.lora_B:
-                    nn.init.zeros_(matrix)
-                case "lora":
-                    nn.init.kaiming_uniform_(matrix, a=5**0.5)
-                case "bert":
-                    nn.init.normal_(matrix, std=0.02)
-                case "ia3":
-                    nn.init.ones_(matrix)
-                case _:
-                    nn.init.kaiming_uniform_(matrix)
+    def opened(self, signal: LinearSignal) -> Tensor | None:
+        """(b, 1) how far the gate is open for each row, which is reported; None without a gate."""
+        if self.gate is None:
+            return None
+        x = signal.x if signal.x.dtype == self.gate.weight.dtype else signal.x.to(self.gate.weight.dtype)
+        gate = token_mean(torch.sigmoid(self.gate(x)), self.stack, signal.rows)
+        self.report_gate(gate)
+        return gate
+
+    def refuse_gate(self) -> None:
+        """A gated change cannot be merged.
+
+        Raises:
+            AdapterError: there is a gate.
+        """
         if self.gate is not None:
-            nn.init.normal_(self.gate.weight, std=0.02)
+            raise AdapterError("merge_adapter: Cannot merge LoRA layer with gating; its gate depends on the input.")
+
+
+class LowRankChange(LinearChange):
+    """y = Wx + scale up down x"""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (r, in) and up (out, r)."""
+
+    def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input of the change: x after dropout, in the dtype of the matrices."""
+        x = dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        return x if x.dtype == dtype else x.to(dtype)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W + scale up down."""
+        self.refuse_gate()
+        down, up = self.factors()
+        return weight + (up @ down * self.scale).to(weight.dtype)
+
+
+@register(LoRAConfig, LinearSite)
+class LoRA(LowRankChange):
+    """y = Wx + (alpha / r) B A x
+
+    Low-rank change of a linear map. Hu et al. 2021, arXiv:2106.09685, eq. 3. With ``use_gating`` the change is
+    multiplied by a gate, one for each row.
+
+    Site: LinearSite. Parameters: lora_A (r, in), lora_B (out, r), gate (1, in).
+    Start: identity (lora_B = 0). Merges: yes, unless gated.
+    Differs from 1.x: in a Stack each LoRA sees x, not the previous change; a gated one is scaled by alpha / r too.
+    """
+
+    variant = "lora"
+
+    def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
+        super().__init__(config, site, shared)
+        self.lora_A = nn.Parameter(torch.empty(config.r, site.inputs, dtype=self.dtype))
+        self.lora_B = nn.Parameter(torch.empty(site.outputs, config.r, dtype=self.dtype))
+        initialise(self.lora_A, config.init_weights, zero=False)
+        initialise(self.lora_B, config.init_weights, zero=True)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.lora_A, self.lora_B
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        x = signal.x
-        gate = None
-        if self.gate is not None:
-            gate = token_mean(torch.sigmoid(self.gate(x)), self.stack, signal.rows)
-            self.report_gate(gate)
-        if self.lora_A is None:
-            factor = self.lora_B.T[0] * self.scale
-            factor = factor if gate is None else factor * gate[:, None]
-            return replace(signal, output=signal.output * factor.to(signal.output.dtype))
-        x = dropout(x, self.config.dropout, self.training) if self.config.dropout else x
-        x = x if x.dtype == self.lora_A.dtype else x.to(self.lora_A.dtype)
-        return plus_low_rank(signal, x, self.lora_A, self.lora_B, self.scale, gate)
+        x = self.dropped(signal.x, self.lora_A.dtype)
+        return plus_low_rank(signal, x, self.lora_A, self.lora_B, self.scale, self.opened(signal))
 
     def group_key(self) -> Hashable:
         """Without a gate; all but alpha must be the same."""
-        if self.gate is not None or self.lora_A is None:
+        if self.gate is not None:
             return None
         return self.lora_A.shape, self.lora_B.shape, self.lora_A.dtype, self.config.dropout
 
@@ -194,13 +230,20 @@ class LoRA(AdapterModule[LinearSignal]):
             return replace(signal, output=grouped_linear(low, up, index, onto=signal.output))
         return replace(signal, output=signal.output + grouped_linear(low, up, index).to(signal.output.dtype))
 
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        """W + (alpha / r) B A, or (alpha / r) l * W."""
-        if self.gate is not None:
-            raise AdapterError("merge_adapter: Cannot merge LoRA layer with gating; its gate depends on the input.")
-        if self.lora_A is None:
-            return weight * (self.lora_B * self.scale).to(weight.dtype)
-        return weight + (self.lora_B @ self.lora_A * self.scale).to(weight.dtype)
+
+def initialise(matrix: Tensor, scheme: str, zero: bool) -> None:
+    """Start values by ``init_weights``; zero: this is the matrix that scheme "lora" starts at 0."""
+    match scheme:
+        case "lora" if zero:
+            nn.init.zeros_(matrix)
+        case "lora":
+            nn.init.kaiming_uniform_(matrix, a=5**0.5)
+        case "bert":
+            nn.init.normal_(matrix, std=0.02)
+        case "ia3":
+            nn.init.ones_(matrix)
+        case _:
+            nn.init.kaiming_uniform_(matrix)
 
 
 def plus_low_rank(
