@@ -103,6 +103,22 @@ COUNTS["gated_bn"] = lambda config, site: COUNTS["seq_bn"](config, site) + site.
 COUNTS["adapter_plus"] = lambda config, site: COUNTS["seq_bn"](config, site) + site.width
 SHARED_COUNTS: dict[str, Callable[[Any, list[Any]], int]] = {}
 
+MORE_METHODS |= {
+    "loha": adapters.LoHaConfig(r=2, **EVERYWHERE),  # in factors
+    "loha_wide": adapters.LoHaConfig(r=5, **EVERYWHERE),  # as one matrix
+    "lokr": adapters.LoKrConfig(r=1, alpha=2, decompose_both=True, **EVERYWHERE),
+    "fourierft": adapters.FourierFTConfig(n_frequency=40, scaling=20, **EVERYWHERE),
+    "vblora": adapters.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, topk=3, **EVERYWHERE),
+    "randlora": adapters.RandLoRAConfig(r=3, alpha=3, **EVERYWHERE),
+}
+IDENTITY |= dict.fromkeys(("loha", "loha_wide", "lokr", "fourierft", "randlora"), 0)
+MERGES |= {"loha", "loha_wide", "lokr", "fourierft", "vblora", "randlora"}
+COUNTS |= dict.fromkeys(("loha", "loha_wide"), lambda config, site: 2 * config.r * (site.inputs + site.outputs))
+COUNTS["fourierft"] = lambda config, site: config.n_frequency
+COUNTS["vblora"] = lambda config, site: config.r * config.num_vectors * (site.inputs + site.outputs) // 4
+SHARED_COUNTS["vblora"] = lambda config, sites: config.num_vectors * config.vector_length
+COUNTS["randlora"] = lambda config, site: (d := min(site.inputs, site.outputs), n := -(-d // config.r), n * (3 + d))[2]
+
 
 def generator(name: str) -> torch.Generator:
     """A random stream that depends on nothing but the name."""

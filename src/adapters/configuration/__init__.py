@@ -19,6 +19,7 @@ _HOMES = {
         "resolve_adapter_config",
     ),
     "configuration.union": ("ConfigUnion",),
+    "methods.boft": ("BOFTConfig",),
     "methods.bottleneck": (
         "AdapterPlusConfig",
         "BnConfig",
@@ -30,6 +31,7 @@ _HOMES = {
     ),
     "methods.compacter": ("CompacterConfig", "CompacterPlusPlusConfig"),
     "methods.dora": ("DoRAConfig", "DvoRAConfig"),
+    "methods.fourierft": ("FourierFTConfig",),
     "methods.fusion": (
         "ADAPTERFUSION_CONFIG_MAP",
         "DEFAULT_ADAPTERFUSION_CONFIG",
@@ -37,13 +39,21 @@ _HOMES = {
         "DynamicAdapterFusionConfig",
         "StaticAdapterFusionConfig",
     ),
+    "methods.hra": ("HRAConfig",),
     "methods.ia3": ("IA3Config",),
+    "methods.loha": ("LoHaConfig",),
+    "methods.lokr": ("LoKrConfig",),
     "methods.lora": ("LoRAConfig",),
+    "methods.miss": ("MiSSConfig",),
     "methods.mtl_lora": ("MTLLoRAConfig", "MultiTaskConfig"),
+    "methods.oft": ("OFTConfig",),
     "methods.prefix_tuning": ("PrefixTuningConfig",),
     "methods.prompt_tuning": ("PromptTuningConfig",),
+    "methods.randlora": ("RandLoRAConfig",),
     "methods.reft": ("DiReftConfig", "LoReftConfig", "NoReftConfig", "ReftConfig"),
+    "methods.road": ("RoAdConfig",),
     "methods.unions": ("MAMConfig", "UniPELTConfig"),
+    "methods.vblora": ("VBLoRAConfig",),
     "methods.vera": ("VeraConfig",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
