@@ -23,12 +23,15 @@ ORDER += [
     "trace",
     "sites",
     "sublayers",
+    "streams",
     "attention",
+    "blocks",
+    "norms",
     "method",
     "methods",
 ]
 ORDER += ["configuration.resolve", "configuration.model_adapters_config"]
-ORDER += ["sitemap", "summary", "checkpoints", "loading", "model", "wrap", "heads"]
+ORDER += ["repetition", "sitemap", "summary", "checkpoints", "loading", "model", "wrap", "heads"]
 ORDER += ["auto", "training", "trainer", "cli"]
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 

@@ -11,7 +11,7 @@ __version__ = "2.0.0.dev0"
 _MODULES: dict[str, tuple[str, ...]] = {
     "wrap": ("init", "load_model", "init_adapters_config"),
     "composition": (
-        "AdapterCompositionBlock", "Average", "BatchSplit", "Fuse", "MultiTask", "Parallel", "Split", "Stack",
+        "AdapterCompositionBlock", "Average", "BatchSplit", "Fuse", "MultiTask", "Parallel", "Route", "Split", "Stack",
         "parse_composition", "validate_composition",
     ),
     "context": ("AdapterSetup",),
@@ -23,7 +23,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "DoubleSeqBnInvConfig", "DvoRAConfig", "DynamicAdapterFusionConfig", "FourierFTConfig", "HRAConfig",
         "IA3Config", "LoHaConfig", "LoKrConfig", "LoRAConfig", "LoReftConfig", "MAMConfig", "MTLLoRAConfig",
         "MiSSConfig", "ModelAdaptersConfig", "MultiTaskConfig", "NoReftConfig", "OFTConfig", "ParBnConfig",
-        "PrefixTuningConfig", "PromptTuningConfig", "RandLoRAConfig", "ReftConfig", "RoAdConfig", "SeqBnConfig",
+        "PrefixTuningConfig", "PromptTuningConfig", "RandLoRAConfig", "ReftConfig", "RoAdConfig", "RouterConfig", "SeqBnConfig",
         "SeqBnInvConfig", "StaticAdapterFusionConfig", "UniPELTConfig", "VBLoRAConfig", "VeraConfig",
         "get_adapter_config_hash",
     ),

@@ -209,23 +209,47 @@ class MultiTask(Block):
     """Each row goes to the child that `task_ids` names."""
 
 
+class Route(Block):
+    """The children's outputs, mixed by the weights that the adapter `gate` (of a ``RouterConfig``) gives them."""
+
+    gate: str
+    parameters = ("gate",)
+
+    def __init__(self, *children: Any, gate: str) -> None:
+        """The children are experts of the gate, or stacks that end in one."""
+        super().__init__(*children)
+        if any(not isinstance(child, (str, Stack)) for child in self.children):
+            raise CompositionError(f"{self!r}: the children of Route are the gate's experts; name each of them.")
+        self._set("gate", gate)
+
+    def leaves(self) -> Iterator[str]:
+        """The gate, and the adapter names of the children, left to right."""
+        yield self.gate
+        yield from super().leaves()
+
+    def experts(self) -> list[str]:
+        """The name that the gate has for each child."""
+        return [child.last() if isinstance(child, Block) else str(child) for child in self.children]
+
+
 class Rows(MultiTask):
     """Each row goes to the child that ``adapter_names`` of the forward call gives it; made from that argument."""
 
 
 BLOCKS: dict[str, type[Block]] = {
-    block.__name__: block for block in (Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask)
+    block.__name__: block for block in (Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask, Route)
 }
 
 ALLOWED_NESTINGS: dict[type[Block], list[type]] = {
-    Stack: [str, Fuse, Split, Parallel, BatchSplit, Average, MultiTask],
+    Stack: [str, Fuse, Split, Parallel, BatchSplit, Average, MultiTask, Route],
     Fuse: [str, Stack],
-    Split: [str, Split, Stack, BatchSplit, Average],
-    Parallel: [str, Stack, BatchSplit, Average],
-    BatchSplit: [str, Stack, Split, BatchSplit, Average],
-    Average: [str, Stack, Split, BatchSplit],
-    MultiTask: [str, Stack, Average, Fuse],
-    Rows: [str, Stack, Split, Average, Fuse],
+    Split: [str, Split, Stack, BatchSplit, Average, Route],
+    Parallel: [str, Stack, BatchSplit, Average, Route],
+    BatchSplit: [str, Stack, Split, BatchSplit, Average, Route],
+    Average: [str, Stack, Split, BatchSplit, Route],
+    MultiTask: [str, Stack, Average, Fuse, Route],
+    Route: [str, Stack],
+    Rows: [str, Stack, Split, Average, Fuse, Route],
 }
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from .composition import Block, Rows, Setup, parse_composition, parse_heads_from_composition
 
 if TYPE_CHECKING:
     from .sitemap import SiteMap
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Forward:
     sites: the model's sites; setup: the effective composition; plans: the part of it that acts at each site, by the
     site's index; masks: by stack ("", "encoder", "decoder") the attention mask (b, s) that the model was given;
     task_ids: (b,) for MultiTask; assignment: (b,) for Rows, the child of each row; repeated: the batch already has a
-    copy for every channel of Parallel; record: what to report.
+    copy for every channel of Parallel; channels, batch: how many copies, of how many rows, the pass itself made of its
+    inputs; shared_below: the blocks below this layer give every channel the same; record: what to report.
     """
 
     sites: SiteMap
@@ -58,7 +62,23 @@ class Forward:
     task_ids: Tensor | None = None
     assignment: Tensor | None = None
     repeated: bool = False
+    channels: int = 1
+    batch: int = 0
+    shared_below: int = 0
     record: Record | None = None
+    past: int | Tensor = 0
+    prompt: int | None = None
+    positions: Tensor | None = None
+    _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """``compute()``, worked out once for all layers of the pass; what it gives must need no gradient."""
+        if torch.compiler.is_compiling():
+            return compute()
+        if key not in self._kept:
+            self._kept[key] = compute()
+        value: T = self._kept[key]
+        return value
 
 
 class _State(threading.local):
@@ -68,6 +88,7 @@ class _State(threading.local):
         self.forward: Forward | None = None
         self.setups: tuple[AdapterSetup, ...] = ()
         self.generating: SiteMap | None = None
+        self.prompt: int | None = None
 
 
 state = _State()
@@ -111,13 +132,17 @@ def token_mean(values: Tensor, stack: str, rows: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def generating(sites: SiteMap) -> Iterator[None]:
-    """While ``generate`` runs: the inputs of `sites`' model were repeated for Parallel once, at its start."""
-    previous, state.generating = state.generating, sites
+def generating(sites: SiteMap, prompt: int | None) -> Iterator[None]:
+    """While ``generate`` runs: the inputs of `sites`' model were repeated for Parallel once, at its start.
+
+    prompt: the length of the prompt; None is that of the first pass.
+    """
+    previous = state.generating, state.prompt
+    state.generating, state.prompt = sites, prompt
     try:
         yield
     finally:
-        state.generating = previous
+        state.generating, state.prompt = previous
 
 
 @dataclass(eq=False)

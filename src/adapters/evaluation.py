@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Rows, Setup, Split, Stack
+from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Route, Rows, Setup, Split, Stack
 from .errors import CompositionError
 from .grouping import ROWS_PER_MODULE
 from .signals import Signal
@@ -26,13 +26,16 @@ def evaluate(tree: Setup, signal: S, site: Site) -> S:
     if isinstance(tree, str):
         return site.apply(tree, signal)
     if isinstance(tree, Stack):
-        for child in tree.children:
+        for child in reversed(tree.children) if signal.backwards else tree.children:
             signal = evaluate(child, signal, site)
         return signal
     if isinstance(tree, Fuse):
         return site.fuse(tree, signal)
     if isinstance(tree, Average):
         return type(signal).mean([evaluate(child, signal, site) for child in tree.children], tree.weights)
+    if isinstance(tree, Route):
+        outputs = [evaluate(child, signal, site) for child in tree.children]
+        return type(signal).mean(outputs, site.adapters[tree.gate].mix(signal, tree.experts()))
     if isinstance(tree, Split):
         return _evaluate_split(tree, signal, site)
     if isinstance(tree, MultiTask):

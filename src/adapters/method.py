@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from .configuration.base import AdapterConfig
 from .context import current
-from .errors import AdapterError
+from .errors import AdapterError, CompositionError
 from .grouping import Group
 from .signals import Signal
 from .sites import Site
@@ -80,6 +81,17 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
         """
         raise NotImplementedError
 
+    def check_experts(self, names: Sequence[str]) -> None:
+        """Refuse, unless this is a gate over the adapters of these names, as ``Route`` needs one."""
+        raise CompositionError(
+            f"Route(gate={self.name!r}): it is a {type(self).__name__}, no gate; add one with "
+            f"add_adapter(…, RouterConfig(experts={list(names)}))."
+        )
+
+    def mix(self, signal: S, children: Sequence[str]) -> list[Tensor]:
+        """For each of these experts its weight (b, s or 1, 1) in the mix of ``Route``."""
+        raise NotImplementedError
+
     def report_gate(self, gate: Tensor) -> None:
         """Note the gate (b, k) where the forward call asks for ``output_adapter_gating_scores``."""
         forward = current()
@@ -106,6 +118,31 @@ def seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+class _Filling(threading.local):
+    """Whether this thread makes adapters that are filled at once."""
+
+    def __init__(self) -> None:
+        self.follows = False
+
+
+_filling = _Filling()
+
+
+@contextmanager
+def filled_later() -> Iterator[None]:
+    """Adapters made within the block get their weights from a file: a start that costs much need not be computed."""
+    previous, _filling.follows = _filling.follows, True
+    try:
+        yield
+    finally:
+        _filling.follows = previous
+
+
+def weights_follow() -> bool:
+    """Whether what is made now is filled from a file."""
+    return _filling.follows
 
 
 def activation(name: str) -> nn.Module:

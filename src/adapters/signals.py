@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ class Signal:
     """Base of all signals.
 
     rows: (batch,) which rows of the model's batch these are; None stands for all of them, in order.
+    backwards: whether it runs through a composition from the last adapter to the first, each undoing what it did.
     """
 
     rows: Tensor | None
+    backwards: ClassVar[bool] = False
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -35,6 +37,11 @@ class Signal:
         """The tensor fields, without the row numbers."""
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in named if name != "rows" and isinstance(value, Tensor)}
+
+    @property
+    def features(self) -> Tensor:
+        """(b, s, d) what a gate looks at."""
+        return next(iter(self.tensors().values()))
 
     def take(self, index: slice | Tensor) -> Self:
         """The given rows."""
@@ -80,8 +87,8 @@ class Signal:
         return replace(joined, rows=torch.cat(rows) if rows else None)
 
     @classmethod
-    def mean(cls, parts: Sequence[Self], weights: Sequence[float]) -> Self:
-        """Weighted sum of the parts: sum_i w_i part_i."""
+    def mean(cls, parts: Sequence[Self], weights: Sequence[float | Tensor]) -> Self:
+        """Weighted sum of the parts: sum_i w_i part_i. A weight is a number or (b, s or 1, 1)."""
 
         def weigh(values: list[Tensor]) -> Tensor:
             total = values[0] * weights[0]
@@ -141,7 +148,7 @@ class SublayerSignal(Signal):
         return super().join([part.filled(parts) for part in parts], dim)
 
     @classmethod
-    def mean(cls, parts: Sequence[Self], weights: Sequence[float]) -> Self:
+    def mean(cls, parts: Sequence[Self], weights: Sequence[float | Tensor]) -> Self:
         """As for any signal; parts that are final everywhere but not all alike have the residual taken off first."""
         finals = [part.final for part in parts]
         plain = [replace(part, final=None) for part in parts]
@@ -226,19 +233,23 @@ class PrefixSignal(Signal):
         return replace(cls._side_by_side(parts), hidden=hidden, bias=torch.cat(biases, 1))
 
     @classmethod
-    def mean(cls, parts: Sequence[Self], weights: Sequence[float]) -> Self:
+    def mean(cls, parts: Sequence[Self], weights: Sequence[float | Tensor]) -> Self:
         """All prefixes, each with its weight in the softmax: log w_i is added to its scores.
 
         Raises:
             CompositionError: a weight is negative.
         """
-        if min(weights) < 0:
-            raise CompositionError(f"Average(weights={list(weights)}): prefixes are averaged by weights of at least 0.")
         queries = max(part._bias(1).shape[1] for part in parts)
-        biases = [
-            part._bias(queries) + (math.log(weight) if weight else float("-inf"))
-            for part, weight in zip(parts, weights, strict=True)
-        ]
+        biases = []
+        for part, weight in zip(parts, weights, strict=True):
+            if isinstance(weight, Tensor):
+                biases.append(part._bias(max(queries, weight.shape[1])) + weight.log())
+            elif weight < 0:
+                raise CompositionError(
+                    f"Average(weights={list(weights)}): prefixes are averaged by weights of at least 0."
+                )
+            else:
+                biases.append(part._bias(queries) + (math.log(weight) if weight else float("-inf")))
         return replace(cls._side_by_side(parts), bias=torch.cat(biases, 2))
 
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
 from .method import AdapterModule, methods_of, seeded
 from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
+from .repetition import SharedBlocks
 from .sites import Site
 from .sublayers import SublayerSite
 from .topology import Anatomy, read_blocks
@@ -38,18 +41,26 @@ class SiteMap:
         self.sites: list[Site] = []
         self._read: set[type[Site]] = set()
         self._shared: dict[str, dict[str, nn.Module]] = {}
+        self.entrances: OrderedDict[int, Any] = OrderedDict()
         self.frozen = False
         self._input_gradients: RemovableHandle | None = None
         self.active: Block | None = None
         self.skip_layers: frozenset[int] = frozenset()
         self._plans: dict[tuple[Block | None, frozenset[int]], tuple[Setup, ...]] = {}
         self.active_plans: tuple[Setup, ...] = ()
+        self._shared_blocks = SharedBlocks(self.anatomy)
         self.activate(None)
 
     @property
     def base_model(self) -> Any:
         """The model whose sites these are."""
         return self.anatomy.base_model
+
+    def follow(self, output: nn.Module | None) -> None:
+        """The map from hidden states to words is `output` now."""
+        self.anatomy = replace(self.anatomy, output=output)
+        for site in self.sites:
+            site.follow(output)
 
     def _enter(self, site: Site) -> None:
         site.index, site.owner = len(self.sites), self
@@ -63,6 +74,12 @@ class SiteMap:
                 self._enter(site)
             self._refresh()
         return [site for site in self.sites if type(site) is kind]
+
+    def at_entrance(self, site: Any) -> RemovableHandle:
+        """Let ``site.around(forward, model, …)`` run in place of the base model's forward, within its context."""
+        handle = RemovableHandle(self.entrances)
+        self.entrances[handle.id] = site
+        return handle
 
     def __contains__(self, name: object) -> bool:
         """Whether an adapter of that name has modules here."""
@@ -91,32 +108,49 @@ class SiteMap:
             raise
         self._refresh()
 
+    def add_part(self, name: str, members: Iterable[AdapterConfig], kind: type[Site]) -> bool:
+        """Build the modules that an adapter's configurations want at sites of a class; False if none was missing."""
+        if any(type(site) is kind for site, _ in self.holding(name)):
+            return False
+        methods = [(config, method) for config in members for method in methods_of(config) if method.site_type is kind]
+        found = [self._add_method(name, config, method) for config, method in methods]
+        self._refresh()
+        return any(found)
+
+    def remove_part(self, name: str, kind: type[Site]) -> None:
+        """Remove an adapter's modules at sites of a class."""
+        for site, _ in self.holding(name):
+            if type(site) is kind:
+                site.drop(name)
+        self._refresh()
+
     def _add_member(self, name: str, config: AdapterConfig) -> None:
-        found = False
         left_out = config.get("leave_out") or ()
         self.check_layers(f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
-        for method in methods_of(config):
-            self._check_asked(name, config, method)
-            sites = [site for site in self.of(method.site_type) if method.wants(config, site)]
-            taken = [site for site in sites if name in site.adapters]
-            if taken:
-                raise AdapterError(
-                    f"add_adapter({name!r}): Multiple adapter definitions conflict: two members of the union want a "
-                    f"module at {taken[0].path}; give them different locations or leave_out."
-                )
-            with seeded(config.get("init_weights_seed")):
-                shared = method.share(config, sites) if sites else None
-            if shared is not None:
-                self._put_shared(method.shared_container, name, shared)
-            for site in sites:
-                self._check_host(name, site)
-                with seeded(config.get("init_weights_seed")):
-                    module = method(config, site, shared)
-                _like(site, module, keep_dtype=config.get("dtype") is not None)
-                site.put(name, module)
-            found = found or bool(sites)
-        if not found:
+        if not any([self._add_method(name, config, method) for method in methods_of(config)]):
             self._refuse(name, config)
+
+    def _add_method(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> bool:
+        """Build a method's modules; False if it wants none."""
+        self._check_asked(name, config, method)
+        sites = [site for site in self.of(method.site_type) if method.wants(config, site)]
+        taken = [site for site in sites if name in site.adapters]
+        if taken:
+            raise AdapterError(
+                f"add_adapter({name!r}): Multiple adapter definitions conflict: two members of the union want a "
+                f"module at {taken[0].path}; give them different locations or leave_out."
+            )
+        with seeded(config.get("init_weights_seed")):
+            shared = method.share(config, sites) if sites else None
+        if shared is not None:
+            self._put_shared(method.shared_container, name, shared)
+        for site in sites:
+            self._check_host(name, site)
+            with seeded(config.get("init_weights_seed")):
+                module = method(config, site, shared)
+            _like(site, module, keep_dtype=config.get("dtype") is not None)
+            site.put(name, module)
+        return bool(sites)
 
     def _check_asked(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> None:
         known = {site.location for site in self.of(method.site_type)}
@@ -139,7 +173,7 @@ class SiteMap:
 
     def _check_host(self, name: str, site: Site) -> None:
         module: Any = self.base_model
-        for part in site.host_path.split("."):
+        for part in filter(None, site.host_path.split(".")):
             module = module._modules.get(part) if module is not None else None
         if module is not site.host:
             raise AdapterError(
@@ -248,8 +282,15 @@ class SiteMap:
             self._plans[key] = plans
         return self._plans[key]
 
+    def lowest_layer(self, plans: tuple[Setup, ...]) -> int:
+        """The lowest layer in which one of the plans acts; 0 if one acts before all layers."""
+        return max(
+            0, min((site.layer for site, plan in zip(self.sites, plans, strict=True) if plan is not None), default=0)
+        )
+
     def _refresh(self) -> None:
         self._plans = {}
+        self._shared_blocks.attach(len(self._shared) > 1)
         self.activate(self.active, self.skip_layers)
 
     def by_layer(self, name: str) -> dict[int, dict[str, nn.Module]]:
@@ -269,10 +310,10 @@ class SiteMap:
         if groups:
             layers[-1] = {"shared": next(iter(groups.values()))}
         for layer, locations in sorted(found.items()):
-            layers[layer] = {
-                location: modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+            layers.setdefault(layer, {}).update(
+                (location, modules[0] if len(modules) == 1 else nn.ModuleList(modules))
                 for location, modules in locations.items()
-            }
+            )
         return layers
 
     def require_input_gradients(self, required: bool) -> None:

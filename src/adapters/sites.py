@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
-from .composition import Block, Fuse, MultiTask, Rows, Setup, Stack
+from .composition import Block, Fuse, MultiTask, Route, Rows, Setup, Stack
 from .containers import child, child_dict, remove_child
 from .context import current, state
 from .errors import CompositionError, listing
@@ -39,8 +39,13 @@ GROUPS = 64
 class SiteOwner(Protocol):
     """What a site asks of the map of sites that it belongs to."""
 
+    anatomy: Anatomy
+
     def plan_outside_forward(self, site: Site) -> Setup:
         """What acts at `site` when the model's own forward is not running."""
+
+    def at_entrance(self, site: Any) -> RemovableHandle:
+        """Let ``site.around(forward, model, …)`` run in place of the base model's forward, within its context."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,9 @@ class Site:
     def detach(self) -> None:
         """Undo what ``attach`` did beyond its hooks."""
 
+    def follow(self, output: nn.Module | None) -> None:
+        """The map from hidden states to words is `output` now."""
+
     @property
     def reference(self) -> Tensor:
         """A tensor whose device new parameters take, and whose dtype too where it is a floating one."""
@@ -164,6 +172,8 @@ class Site:
 
     def resolve(self, setup: Setup) -> Setup:
         """`setup` with None for every name that has no module here; None if nothing is left."""
+        if isinstance(setup, Route) and not setup.flatten().isdisjoint(self.adapters):
+            self._check_route(setup)
         if isinstance(setup, Block):
             children = [self.resolve(child) for child in setup.children]
             if all(child is None for child in children):
@@ -174,6 +184,14 @@ class Site:
                     return children[0]
             return setup.with_children(children)
         return setup if setup in self.adapters else None
+
+    def _check_route(self, tree: Route) -> None:
+        if tree.gate not in self.adapters:
+            raise CompositionError(
+                f"{tree}: the gate {tree.gate!r} has no module at {self.path}, where one of its experts sits; add a "
+                "gate when all its experts are there, with RouterConfig(experts=[…])."
+            )
+        self.adapters[tree.gate].check_experts(tree.experts())
 
     def apply(self, name: str, signal: S) -> S:
         """One adapter; the identity if it has no module here."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, Cache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.generic import ModelOutput
 
@@ -21,6 +21,7 @@ from .configuration.model_adapters_config import ModelAdaptersConfig
 from .context import AdapterSetup, Forward, Record, generating, state, within
 from .errors import AdapterError, CompositionError
 from .model import ModelAdaptersMixin
+from .repetition import repeated
 
 CONTEXT_ARGUMENTS = (
     "output_adapter_gating_scores",
@@ -29,7 +30,6 @@ CONTEXT_ARGUMENTS = (
     "task_ids",
     "adapter_names",
 )
-ROW_VECTORS = ("labels", "start_positions", "end_positions", "next_sentence_label", "task_ids")
 _CLASSES: dict[type, type] = {}
 
 
@@ -165,7 +165,8 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
         own = {name: kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in kwargs}
         outer, setups = state.forward, state.setups
         try:
-            if outer is not None and outer.sites is self.adapter_sites:
+            inside = outer is not None and outer.sites is self.adapter_sites
+            if outer is not None and inside:
                 current = outer
             else:
                 if own.get("adapter_names") is not None:
@@ -174,7 +175,7 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
             if self.repeats_inputs and not current.repeated:
                 args, kwargs, current = _repeat_for_parallel(current, args, kwargs)
             state.forward = current
-            output = forward(self, *args, **kwargs)
+            output = _entered(self, forward, inside)(self, *args, **kwargs)
         finally:
             state.forward, state.setups = outer, setups
         return output if current.record is None or outer is not None else _with_record(output, current.record)
@@ -192,6 +193,15 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward_in_context
 
 
+def _entered(model: ModelAdaptersMixin, forward: Callable[..., Any], inside: bool) -> Callable[..., Any]:
+    """The base model's forward with what sites at its entrance make of it; `inside`: another model's runs it."""
+    sites = model.adapter_sites
+    if sites.entrances and model is sites.base_model:
+        for site in sites.entrances.values():
+            forward = functools.partial(site.around, forward, inside=inside)
+    return forward
+
+
 def _open(model: ModelAdaptersMixin, own: Mapping[str, Any], inputs: Mapping[str, Any]) -> Forward:
     sites = model.adapter_sites
     setup, plans = sites.effective()
@@ -202,16 +212,39 @@ def _open(model: ModelAdaptersMixin, own: Mapping[str, Any], inputs: Mapping[str
             _check_assignment(context.assignment, inputs.values())
         assignment = torch.tensor(context.assignment, device=model.device)
     gates, attentions = own.get("output_adapter_gating_scores"), own.get("output_adapter_fusion_attentions")
+    masks, generates = _masks(model, inputs), state.generating is sites
+    if generates and state.prompt is None:
+        state.prompt = _length(inputs, _token_inputs(model))
     return Forward(
         sites,
         setup,
         plans,
-        _masks(model, inputs),
-        _task_ids(own.get("task_ids"), setup),
-        assignment,
-        bool(own.get("adapter_input_parallelized")) or state.generating is sites,
-        Record.of(bool(gates), bool(attentions)),
+        masks,
+        task_ids=_task_ids(own.get("task_ids"), setup),
+        assignment=assignment,
+        repeated=bool(own.get("adapter_input_parallelized")) or generates,
+        record=Record.of(bool(gates), bool(attentions)),
+        past=_past(inputs.get("past_key_values")),
+        prompt=state.prompt if generates else None,
+        positions=inputs.get("position_ids") if generates and "" not in masks else None,
     )
+
+
+def _past(cache: Any) -> int | Tensor:
+    """The number of tokens in a cache. A static one counts in a tensor, which every layer's update changes."""
+    length: int | Tensor = cache.get_seq_length() if isinstance(cache, (Cache, EncoderDecoderCache)) else 0
+    return length.clone() if isinstance(length, Tensor) else length
+
+
+def _token_inputs(model: ModelAdaptersMixin) -> tuple[str, str]:
+    decodes = getattr(model.config, "is_encoder_decoder", False)
+    return ("decoder_input_ids", "decoder_inputs_embeds") if decodes else ("input_ids", "inputs_embeds")
+
+
+def _length(inputs: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """The length of the sequence that the model is given."""
+    found = (inputs.get(name) for name in names)
+    return next((int(value.shape[1]) for value in found if isinstance(value, Tensor) and value.dim() > 1), None)
 
 
 def _check_assignment(assignment: tuple[int, ...], inputs: Iterable[Any]) -> None:
@@ -265,7 +298,14 @@ def _repeat_for_parallel(
     kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
     masks = {stack: repeated(mask, batch, channels) for stack, mask in current.masks.items()}
     task_ids = repeated(current.task_ids, batch, channels, "task_ids")
-    return args, kwargs, replace(current, masks=masks, task_ids=task_ids, repeated=True)
+    facts = {"masks": masks, "task_ids": task_ids, "channels": channels, "batch": batch}
+    config = current.sites.base_model.config
+    reported = any(
+        kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
+    )
+    # what the blocks report of themselves is to be of one batch size
+    below = 0 if reported else current.sites.lowest_layer(current.plans)
+    return args, kwargs, replace(current, repeated=True, shared_below=below, **facts)
 
 
 def _batch_size(asked: str, values: Iterable[Any]) -> int:
@@ -275,20 +315,6 @@ def _batch_size(asked: str, values: Iterable[Any]) -> int:
     raise CompositionError(
         f"{asked}: the forward call has no tensor with a batch dimension; pass input_ids or another input."
     )
-
-
-def repeated(value: Any, batch: int, channels: int, name: str = "") -> Any:
-    """`value` with its `batch` rows once per channel; what has no rows (cache positions, flags) stays as it is."""
-    if isinstance(value, Tensor):
-        rows = value.dim() > 1 or (value.dim() == 1 and name in ROW_VECTORS)
-        return value.repeat(channels, *[1] * (value.dim() - 1)) if rows and value.shape[0] == batch else value
-    if isinstance(value, ModelOutput):
-        return type(value)(**{key: repeated(entry, batch, channels) for key, entry in value.items()})
-    if isinstance(value, dict):
-        return {key: repeated(entry, batch, channels) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(repeated(entry, batch, channels) for entry in value)
-    return value
 
 
 def _with_record(output: Any, record: Record) -> Any:
@@ -334,7 +360,9 @@ def _generate(cls: Any) -> Callable[..., Any]:
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None)
         chosen = nullcontext() if names is None else AdapterSetup.of_names(names)
-        with chosen, generating(self.adapter_sites):
+        decodes = getattr(self.config, "is_encoder_decoder", False)  # whose prompt is complete at the first pass only
+        prompt = None if decodes else _length({"inputs": inputs, **kwargs}, ("inputs", *_token_inputs(self)))
+        with chosen, generating(self.adapter_sites, prompt):
             context, setup = AdapterSetup.get_context(), self.effective_setup()
             if context is not None and context.assignment:
                 _check_assignment(context.assignment, (inputs, *kwargs.values()))
@@ -353,7 +381,8 @@ def _encoder_step(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def prepare(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         own = {name: model_kwargs.pop(name) for name in CONTEXT_ARGUMENTS if name in model_kwargs}
-        with within(_open(self, own, model_kwargs)):
+        given = {name: value for name, value in model_kwargs.items() if not name.startswith("decoder_")}
+        with within(_open(self, own, given)):
             prepared = step(self, inputs_tensor, model_kwargs, *args, **kwargs)
         return {**prepared, **own}
 

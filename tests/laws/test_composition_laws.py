@@ -72,6 +72,29 @@ def test_parallel_is_stacked_separate_runs(name: str, method: str) -> None:
 
 
 @each_model
+@pytest.mark.parametrize("method", ["lora", "seq_bn", "prefix_tuning"])
+def test_parallel_computes_the_blocks_below_its_adapters_once(name: str, method: str) -> None:
+    """Where no block reports its own outputs and no cache is written."""
+    model, batch = shared(name), inputs(name)
+    setup, rows, blocks = Parallel(f"{method}_partial", f"{method}_partial"), [], model.adapter_sites.anatomy.blocks
+    if name in ("gpt2", "llama", "mistral", "t5", "bart"):
+        batch = {**batch, "use_cache": False}
+    handles = [
+        block.module.register_forward_pre_hook(lambda module, args: rows.append(len(args[0]))) for block in blocks
+    ]
+    found, calls = run(model, batch, setup), list(rows)
+    rows.clear()
+    run(model, batch, setup, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    size = len(next(iter(inputs(name).values())))
+    shared_blocks = 0 if name == "albert" else 1
+    assert calls == [size] * shared_blocks + [2 * size] * (len(calls) - shared_blocks)
+    assert set(rows) == {2 * size}
+    close(found, run(model, batch, f"{method}_partial").repeat(2, 1, 1))
+
+
+@each_model
 @each_method
 def test_multitask_is_per_row(name: str, method: str) -> None:
     model, batch = shared(name), inputs(name)
