@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from . import averaging
 from .checkpoints import adapterhub, setups
 from .checkpoints import fusion as fusion_files
 from .checkpoints import heads as head_files
@@ -208,6 +209,7 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         setup = parse_composition(adapter_setup, model_type=self.config.model_type)
         self._check_names("set_active_adapters", setup)
         self.adapter_sites.check_layers(f"set_active_adapters(skip_layers={skip_layers})", skip_layers or ())
+        self.adapter_sites.reset()
         self.adapter_sites.activate(setup, skip_layers)
         self.adapters_config.active_setup = setup
         self.adapters_config.skip_layers = skip_layers
@@ -338,6 +340,55 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         super()._set_gradient_checkpointing(enable, **kwargs)
         self.adapter_sites.require_input_gradients(enable)
 
+    # --- merging and averaging -------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_name: str, delete_adapter: bool = False) -> None:
+        """Work an adapter into the weights: it acts in every pass at no cost, whatever is active.
+
+        ``reset_adapter``, ``set_active_adapters`` and what calls it put back the stored weights, bit for bit.
+
+        Args:
+            adapter_name: an adapter of which all modules can be merged, such as LoRA or (IA)³ without gates.
+            delete_adapter: remove the adapter and keep the merged weights for good.
+
+        Raises:
+            UnknownAdapterError: the model has no adapter of that name.
+            AdapterError: it cannot be merged, or another one is; nothing was changed then.
+
+        Example:
+            >>> model.merge_adapter("sst-2")
+        """
+        self._check_names("merge_adapter", parse_composition(adapter_name))
+        self.adapter_sites.merge(adapter_name)
+        if delete_adapter:
+            self.adapter_sites.reset(keep=True)
+            self.delete_adapter(adapter_name)
+
+    def reset_adapter(self) -> None:
+        """Take the merged adapter, if there is one, out of the weights; they are what they were, bit for bit."""
+        self.adapter_sites.reset()
+
+    def average_adapter(
+        self,
+        adapter_name: str,
+        adapter_list: Any,
+        weights: Sequence[float] | None = None,
+        combine_strategy: str = "linear",
+        normalize_weights: bool = True,
+        overwrite_ok: bool = False,
+        set_active: bool = False,
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose weights are an average of others'. See ``averaging.average_adapter``."""
+        averaging.average_adapter(
+            self,
+            adapter_name,
+            averaging.Shares.of("average_adapter", adapter_list, weights, normalize_weights),
+            averaging.Strategy(combine_strategy, svd_rank),
+            overwrite_ok,
+            set_active,
+        )
+
     # --- looking ---------------------------------------------------------------------------------------------------
 
     def get_adapter(self, name: str) -> dict[int, dict[str, nn.Module]]:
@@ -376,10 +427,14 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
     # --- saving and loading ----------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the whole model; adapters, fusions and heads are in it. ``adapters.load_model`` reads them back."""
+        """Save the whole model; adapters, fusions and heads are in it. ``adapters.load_model`` reads them back.
+
+        The weights are saved without a merged adapter, which is in the files itself.
+        """
         self.config.adapters = self.adapters_config.to_dict()
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            with self.adapter_sites.unmerged():
+                super().save_pretrained(save_directory, **kwargs)
         finally:
             del self.config.adapters
 

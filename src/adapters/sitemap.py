@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from .configuration.base import AdapterConfig
 from .containers import child, child_dict, remove_child
 from .context import AdapterSetup, state
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
+from .merging import Merge
 from .method import AdapterModule, methods_of, seeded
 from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
@@ -43,6 +45,7 @@ class SiteMap:
         self._shared: dict[str, dict[str, nn.Module]] = {}
         self.entrances: OrderedDict[int, Any] = OrderedDict()
         self.frozen = False
+        self._merge: Merge | None = None
         self._input_gradients: RemovableHandle | None = None
         self.active: Block | None = None
         self.skip_layers: frozenset[int] = frozenset()
@@ -206,12 +209,53 @@ class SiteMap:
         self._shared[name][container] = module
 
     def remove(self, name: str) -> None:
-        """Remove all modules of an adapter."""
+        """Remove all modules of an adapter; one that is merged is taken out of the weights first."""
+        if self.merged == name:
+            self.reset()
         for site, _ in self.holding(name):
             site.drop(name)
         for container in self._shared.pop(name, {}):
             self._drop_shared(container, name)
         self._refresh()
+
+    @property
+    def merged(self) -> str | None:
+        """The adapter that is worked into the weights."""
+        return None if self._merge is None else self._merge.name
+
+    def merge(self, name: str) -> None:
+        """Work an adapter into the weights, all of it or nothing.
+
+        Raises:
+            AdapterError: another one is merged, or a module of it cannot be.
+        """
+        if self.merged == name:
+            return
+        if self.merged is not None:
+            raise AdapterError(
+                f"merge_adapter({name!r}): the model already has a merged adapter, {self.merged!r}. Please reset it "
+                "first, with reset_adapter()."
+            )
+        self._merge = Merge(name, self.holding(name))
+        self._refresh()
+
+    def reset(self, keep: bool = False) -> None:
+        """Take the merged adapter out of the weights, bit for bit; keep: leave it there for good."""
+        if self._merge is not None:
+            self._merge.release() if keep else self._merge.undo()
+            self._merge = None
+            self._refresh()
+
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """Within the block no adapter is in the weights."""
+        name = self.merged
+        self.reset()
+        try:
+            yield
+        finally:
+            if name is not None:
+                self.merge(name)
 
     def _drop_shared(self, container: str, name: str) -> None:
         parts = container.split(".")

@@ -76,6 +76,7 @@ class Site:
         self.place, self.host = place, host
         self.adapters: dict[str, AdapterModule[Any]] = {}
         self._groups: dict[int, tuple[Block, Group | None]] = {}
+        self.merged: str | None = None
         self.index = -1
         self.owner: SiteOwner
         self._handles: list[RemovableHandle] = []
@@ -118,6 +119,16 @@ class Site:
 
     def follow(self, output: nn.Module | None) -> None:
         """The map from hidden states to words is `output` now."""
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The parameter that adapters here can be merged into, or a view of it; None if there is none."""
+        return None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The same for a bias; None if there is none."""
+        return None
 
     @property
     def reference(self) -> Tensor:
@@ -171,7 +182,7 @@ class Site:
         return self.owner.plan_outside_forward(self)
 
     def resolve(self, setup: Setup) -> Setup:
-        """`setup` with None for every name that has no module here; None if nothing is left."""
+        """`setup` with None for every name that has no module here, or one in the weights; None if nothing is left."""
         if isinstance(setup, Route) and not setup.flatten().isdisjoint(self.adapters):
             self._check_route(setup)
         if isinstance(setup, Block):
@@ -183,7 +194,7 @@ class Site:
                 if len(children) == 1:
                     return children[0]
             return setup.with_children(children)
-        return setup if setup in self.adapters else None
+        return setup if setup in self.adapters and setup != self.merged else None
 
     def _check_route(self, tree: Route) -> None:
         if tree.gate not in self.adapters:

@@ -9,6 +9,7 @@ from test_composition_laws import close, snapshot
 from tiny_models import (
     COUNTS,
     IDENTITY,
+    MERGES,
     METHODS,
     MORE_METHODS,
     REFUSED,
@@ -25,7 +26,7 @@ from tiny_models import (
 )
 
 import adapters
-from adapters import Average, BatchSplit, MultiTask, Parallel, Split, Stack
+from adapters import AdapterError, Average, BatchSplit, MultiTask, Parallel, Split, Stack
 
 ALL = {**METHODS, **MORE_METHODS}
 ARCHITECTURES = ("bert", "gpt2", "llama", "t5")
@@ -190,6 +191,59 @@ def test_the_number_of_parameters_is_the_stated_one(name: str, method: str) -> N
     stated += SHARED_COUNTS[method](config, sites) if method in SHARED_COUNTS else 0
     assert model.adapter_summary(as_dict=True)[0]["#param"] == stated
     assert len({id(p) for module in model._modules_of("x") for p in module.parameters()}) > 0
+
+
+@cases(MERGES)
+def test_a_merged_adapter_acts_as_an_active_one_and_leaves_no_trace(name: str, method: str) -> None:
+    model, batch = fresh(name, method), inputs(name)
+    disturb(model, "x")
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    model.set_active_adapters("x")
+    wanted = output(model, batch)
+    model.merge_adapter("x")
+    merged = output(model, batch)
+    close(merged, wanted)
+    close(run(model, batch, None), wanted)
+    assert not torch.equal(merged, base(name))
+    model.merge_adapter("x")
+    model.reset_adapter()
+    assert torch.equal(output(model, batch), wanted)
+    model.merge_adapter("x")
+    model.set_active_adapters(None)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert torch.equal(output(model, batch), base(name))
+
+
+@cases([method for method in ALL if method not in MERGES], COMPOSED)
+def test_what_does_not_merge_is_refused(name: str, method: str) -> None:
+    model = fresh(name, method)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(AdapterError, match="merge_adapter"):
+        model.merge_adapter("x")
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert model.adapter_sites.merged is None
+
+
+@cases(ALL, COMPOSED)
+def test_an_average_has_the_mean_of_the_weights(name: str, method: str) -> None:
+    model = copy.deepcopy(pair(name, method))
+    states = [
+        {
+            path.replace(f".{adapter}.", ".x."): value
+            for path, value in model.state_dict().items()
+            if f".{adapter}." in path
+        }
+        for adapter in ("a", "b")
+    ]
+    before = output(model, inputs(name))
+    model.average_adapter("x", ["a", "a"], weights=[3, 1])
+    close(run(model, inputs(name), "x"), run(model, inputs(name), "a"))
+    if all(value.is_floating_point() or torch.equal(value, states[1][key]) for key, value in states[0].items()):
+        model.average_adapter("x", {"a": 1, "b": 3}, overwrite_ok=True)
+        for key, value in model.state_dict().items():
+            if ".x." in key and value.is_floating_point():
+                torch.testing.assert_close(value, states[0][key] / 4 + states[1][key] * 3 / 4)
+    assert torch.equal(output(model, inputs(name)), before)
 
 
 @each_composed

@@ -1,7 +1,8 @@
 """What a model with any number of named heads adds to a model with adapters."""
 
+import copy
 import logging
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from operator import itemgetter
 from os import PathLike
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import ModelOutput
 
+from ..averaging import Shares
 from ..checkpoints import heads as head_files
 from ..composition import Block, parse_heads_from_composition
 from ..context import AdapterSetup, state
@@ -224,6 +226,46 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
             pooled_output=pooled,
             **{key: value for key, value in inputs.items() if key not in self._base_inputs},
         )
+
+    def average_head(
+        self,
+        head_name: str,
+        head_list: Any,
+        weights: Sequence[float] | None = None,
+        normalize_weights: bool = True,
+        overwrite_ok: bool = False,
+        set_active: bool = False,
+    ) -> None:
+        """Adds a head whose weights are a weighted mean of those of heads of one class and configuration.
+
+        Args:
+            head_list: Names of heads, or their weights by name.
+            weights: A number for each; equal by default.
+            normalize_weights: Divide the weights by their sum.
+
+        Raises:
+            AdapterError: A head is unknown, the name is taken, or the heads differ in more than their weights.
+
+        Example:
+            >>> model.average_head("mean", ["sst2", "imdb"])
+        """
+        shares = Shares.of("average_head", head_list, weights, normalize_weights)
+        check_names("average_head", shares.names, [*self.heads])
+        heads = [self.heads[name] for name in shares.names]
+        if len({type(head) for head in heads}) > 1:
+            raise AdapterError(
+                f"average_head({head_name!r}): Cannot average heads of different classes. All heads must be of type "
+                f"{type(heads[0]).__name__}."
+            )
+        if any({**head.config, "dropout_prob": None} != {**heads[0].config, "dropout_prob": None} for head in heads):
+            raise AdapterError(
+                f"average_head({head_name!r}): Cannot average heads with different configurations. Please make sure "
+                "all heads have the same configuration."
+            )
+        mean = copy.deepcopy(heads[0])
+        mean.name = head_name
+        mean.load_state_dict(shares.mean([head.state_dict() for head in heads]))
+        self.add_prediction_head(mean, overwrite_ok, set_active)
 
     # --- labels ----------------------------------------------------------------------------------------------------
 
