@@ -122,8 +122,15 @@ class RandLoRA(LowRankUpdate):
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
         tracked = torch.is_grad_enabled() and self.randlora_lambda.requires_grad
-        if tracked and signal.x.shape[:-1].numel() < self.narrow:
+        if tracked and self._narrow_is_cheaper(signal.x.shape[:-1].numel()):
             return super().forward(signal)
-        # N r is about d, so that with many rows, or where it is kept, ΔW is the cheaper form
         delta = self._kept.get("delta", self.sources(), self.delta)
         return plus_product(signal, self.dropped(signal.x).to(delta.dtype), delta)
+
+    def _narrow_is_cheaper(self, rows: int) -> bool:
+        """Whether two products in a training step cost less than forming ΔW and one, N r being about d.
+
+        Forward and backward take rows d (3 d + 2 D) multiplications in factors, as no gradient of the fixed one is
+        needed, and D d (3 rows + 2 d) as one matrix.
+        """
+        return rows * (3 * self.narrow - self.wide) < 2 * self.wide * self.narrow
