@@ -119,6 +119,60 @@ COUNTS["vblora"] = lambda config, site: config.r * config.num_vectors * (site.in
 SHARED_COUNTS["vblora"] = lambda config, sites: config.num_vectors * config.vector_length
 COUNTS["randlora"] = lambda config, site: (d := min(site.inputs, site.outputs), n := -(-d // config.r), n * (3 + d))[2]
 
+MORE_METHODS |= {
+    "oft": adapters.OFTConfig(block_size=4, **EVERYWHERE),
+    "oft_cayley": adapters.OFTConfig(
+        block_size=0, block_num=2, use_cayley_neumann=False, block_share=True, **EVERYWHERE
+    ),
+    "boft": adapters.BOFTConfig(block_size=2, n_butterfly_factor=3, **EVERYWHERE),
+    "hra": adapters.HRAConfig(r=4, **EVERYWHERE),
+    "road": adapters.RoAdConfig(group_size=4, **EVERYWHERE),
+    "road_4": adapters.RoAdConfig(group_size=8, variant="road_4", **EVERYWHERE),
+    "miss": adapters.MiSSConfig(r=5, **EVERYWHERE),
+    "miss_mini": adapters.MiSSConfig(r=4, variant="mini", mini_r=8, **EVERYWHERE),
+    "miss_bat": adapters.MiSSConfig(r=4, variant="bat", **EVERYWHERE),
+}
+ORTHOGONAL = ("oft", "oft_cayley", "boft", "hra", "road", "road_4", "miss", "miss_mini", "miss_bat")
+IDENTITY |= dict.fromkeys(ORTHOGONAL, 0)
+MERGES |= {*ORTHOGONAL}
+COUNTS["oft"] = lambda config, site: site.inputs // (k := config.block_size) * k * (k - 1) // 2
+COUNTS["oft_cayley"] = lambda config, site: (k := site.inputs // config.block_num) * (k - 1) // 2
+COUNTS["boft"] = lambda config, site: config.n_butterfly_factor * site.inputs * config.block_size + site.outputs
+COUNTS["hra"] = lambda config, site: config.r * site.inputs
+COUNTS |= {"road": lambda config, site: site.outputs, "road_4": lambda config, site: 4 * site.outputs}
+COUNTS |= dict.fromkeys(("miss", "miss_bat"), lambda config, site: config.r * site.outputs)
+COUNTS["miss_mini"] = lambda config, site: config.r * config.mini_r
+
+MORE_METHODS |= {
+    "compacter": AdapterConfig.load("compacter[reduction_factor=4,phm_dim=2,cross_adapter=True]"),
+    "compacter_shared": AdapterConfig.load(
+        "compacter++[reduction_factor=4,phm_dim=2,shared_W_phm=True,factorized_phm_W=False,factorized_phm_rule=True]"
+    ),
+    "seq_bn_inv": AdapterConfig.load("seq_bn_inv[reduction_factor=4,non_linearity='leakyrelu']"),
+    "glow": AdapterConfig.load("double_seq_bn_inv[reduction_factor=4,inv_adapter='glow']"),
+}
+COUNTS["compacter"] = lambda config, site: 2 * (site.width + (w := site.width // 4)) + w + site.width
+COUNTS["compacter_shared"] = lambda config, site: site.width // 4 + site.width
+SHARED_COUNTS["compacter"] = lambda config, sites: config.phm_dim**3
+SHARED_COUNTS["compacter_shared"] = lambda config, sites: (
+    2 * (sites[0].width * (sites[0].width // 4)) // config.phm_dim + 2 * config.phm_dim**2
+)
+
+
+def with_invertible(shifts: int) -> Callable[[Any, Any], int]:
+    """Two networks of the halves, each with `shifts` outputs for each value, beside the bottlenecks."""
+
+    def count(config: Any, site: Any) -> int:
+        if site.kind != "embedding":
+            return COUNTS["seq_bn"](config, site)
+        half, inner = site.width // 2, site.width // 2 // 2
+        return 2 * (half * inner + inner + (inner + 1) * half * shifts)
+
+    return count
+
+
+COUNTS |= {"seq_bn_inv": with_invertible(1), "glow": with_invertible(2)}
+
 
 def generator(name: str) -> torch.Generator:
     """A random stream that depends on nothing but the name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from .context import current, keeping_context
 from .errors import AdapterError, ConfigError, UnknownAdapterError, listing
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
 from .sitemap import SiteMap
+from .streams import EmbeddingSite
 from .summary import summary_rows, summary_table
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         if base is not self and isinstance(base, ModelAdaptersMixin):
             enable(self)
             self.adapters_config, self.adapter_sites = base.adapters_config, base.adapter_sites
+            self.adapter_sites.follow(self._word_map())
             return
         listed = self.config.__dict__.pop("adapters", None)
         configured = adapters_config or ModelAdaptersConfig(**(listed or {}))
@@ -60,12 +62,23 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         for model in {id(base): base, id(self): self}.values():
             enable(model)
             model.adapters_config, model.adapter_sites = configured, sites
+        sites.follow(self._word_map())
         for name in configured:
             sites.add(name, configured.members(name))
         for name in configured.fusions:
             config, adapter_names = configured.get_fusion(name)
             if config is not None and adapter_names is not None:
                 sites.add_fusion(Fuse(*adapter_names, name=name), config)
+
+    def _word_map(self) -> nn.Module | None:
+        """The map from hidden states to words that the model's own forward uses."""
+        found: nn.Module | None = self.get_output_embeddings()
+        return found
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """As in transformers; invertible adapters are undone before the new ones."""
+        super().set_output_embeddings(new_embeddings)
+        self.adapter_sites.follow(self._word_map())
 
     # --- adding and deleting ---------------------------------------------------------------------------------------
 
@@ -180,6 +193,50 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
             ModelAdaptersMixin.set_active_adapters(self, None)
         self.adapters_config.remove_fusion(fuse.name)
         self.adapter_sites.remove_fusion(fuse.name)
+
+    # --- invertible adapters ---------------------------------------------------------------------------------------
+
+    def add_invertible_adapter(self, adapter_name: str) -> bool:
+        """Make the invertible part that an adapter's configuration asks for; False if it asks for none or has it.
+
+        ``add_adapter`` does so itself.
+        """
+        return self.adapter_sites.add_part(adapter_name, self.adapters_config.members(adapter_name), EmbeddingSite)
+
+    def delete_invertible_adapter(self, adapter_name: str) -> None:
+        """Remove the invertible part of an adapter; the rest of it stays."""
+        self.adapter_sites.remove_part(adapter_name, EmbeddingSite)
+
+    def get_invertible_adapter(self) -> nn.Module | None:
+        """The first invertible adapter of the setup in force, or None.
+
+        Example:
+            >>> model.get_invertible_adapter()
+        """
+        for site in self._embedding_sites():
+            plan = site.plan()
+            names = plan.leaves() if isinstance(plan, Block) else [plan]
+            return next((site.adapters[name] for name in names if name in site.adapters), None)
+        return None
+
+    def enable_invertible_adapters(self, adapter_names: Iterable[str]) -> None:
+        """Train the invertible parts of these adapters."""
+        for site in self._embedding_sites():
+            for name in set(adapter_names) & set(site.adapters):
+                site.adapters[name].requires_grad_(True)
+
+    def invertible_adapters_forward(self, hidden_states: Tensor, rev: bool = False) -> Tensor:
+        """What the setup in force makes of embeddings (b, s, e) or, with `rev`, what it has made these of.
+
+        Example:
+            >>> model.invertible_adapters_forward(model.invertible_adapters_forward(hidden), rev=True)  # hidden again
+        """
+        for site in self._embedding_sites():
+            hidden_states = site.back(hidden_states) if rev else site.there(hidden_states)
+        return hidden_states
+
+    def _embedding_sites(self) -> list[EmbeddingSite]:
+        return self.adapter_sites.of(EmbeddingSite)
 
     # --- activating ------------------------------------------------------------------------------------------------
 

@@ -130,7 +130,8 @@ class SiteMap:
     def _add_member(self, name: str, config: AdapterConfig) -> None:
         left_out = config.get("leave_out") or ()
         self.check_layers(f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
-        if not any([self._add_method(name, config, method) for method in methods_of(config)]):
+        found = [self._add_method(name, config, method) for method in methods_of(config)]
+        if not any(found):
             self._refuse(name, config)
 
     def _add_method(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> bool:

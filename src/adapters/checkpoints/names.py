@@ -40,6 +40,8 @@ BERT = Family(
         "feed_forward": "output",
     }
 )
+IN_ENCODER = ((r"^$", "encoder"),)
+"""Where invertible adapters are: here always at the base model."""
 T5 = Family(
     sublayers={
         "self_attention": "layer.0",
@@ -47,6 +49,7 @@ T5 = Family(
         "feed_forward": "layer.1",
         "decoder/feed_forward": "layer.2",
     },
+    modules=IN_ENCODER,
     backbone=("shared", "encoder", "decoder"),
 )
 V4_VISION_MODULES = (
@@ -65,6 +68,8 @@ FAMILIES: dict[str, Family] = {
         ("bert", "bert-generation", "roberta", "xlm-roberta", "xmod", "electra", "deberta", "deberta-v2"), BERT
     ),
     "albert": Family(sublayers={"self_attention": "attention.attention_adapters"}),
+    **dict.fromkeys(("bart", "mbart", "plbart", "whisper"), Family(modules=IN_ENCODER)),
+    "clip": Family(modules=((r"^$", "text_model"),)),
     "t5": T5,
     "mt5": T5,
     "vit": Family(sublayers={"feed_forward": "output.output_adapters"}, modules=V4_VISION_MODULES),

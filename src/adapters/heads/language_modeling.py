@@ -13,6 +13,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import ModelOutput
 
+from ..streams import Inverse
 from .base import IGNORED, PredictionHead, activation, hidden_size, with_prompt
 
 
@@ -85,7 +86,7 @@ class CausalLMHead(PredictionHead):
         return_dict: bool = False,
         labels: torch.Tensor | None = None,
         prompt_length: int = 0,
-        invertible_adapter: nn.Module | None = None,
+        invertible_adapter: Inverse | None = None,
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Logits and loss from the base model's output."""

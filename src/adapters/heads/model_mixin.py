@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from os import PathLike
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers.utils.generic import ModelOutput
 from ..averaging import Shares
 from ..checkpoints import heads as head_files
 from ..composition import Block, parse_heads_from_composition
-from ..context import AdapterSetup, state
+from ..context import AdapterSetup, Forward, current, state, within
 from ..errors import AdapterError, listing
+from ..streams import Inverse
 from .base import PredictionHead
 from .dispatch import HeadPlan, HeadSetup, check_names, flatten_choices, gather, hand_on, take_rows, to_tuple
 from .language_modeling import Seq2SeqLMHead
@@ -206,14 +208,23 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
 
     def _run_heads(self, plan: HeadPlan, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Any:
         setup, total = self.effective_setup(), len(outputs[0])
-        rows = plan.rows(total, setup.parallel_channels if setup else 1, repeated=state.generating is not None)
+        channels = setup.parallel_channels if setup else 1
+        rows = plan.rows(total, channels, repeated=state.generating is not None)
         parts = [(outputs, inputs)] * len(plan.names)
         if rows is not None:
             parts = [(take_rows(outputs, part, total), take_rows(inputs, part, total)) for part in rows]
-        results = [self._run_head(name, *part) for name, part in zip(plan.names, parts, strict=True)]
+        with within(_of_all_channels(current(), channels)):
+            sites, wheres = self.adapter_sites.sites, rows or len(parts) * (None,)
+            results = [
+                self._run_head(name, *part, Inverse.of(sites, where, total))
+                for name, part, where in zip(plan.names, parts, wheres, strict=True)
+            ]
         return hand_on(results[0] if len(results) == 1 else gather(results, summed=rows is not None), outputs)
 
-    def _run_head(self, name: str, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Any:
+    def _word_map(self) -> None:
+        """None: the heads undo invertible adapters, each before its own map."""
+
+    def _run_head(self, name: str, outputs: ModelOutput, inputs: Mapping[str, Any], inverse: Inverse | None) -> Any:
         sentence = sentence_vector(outputs, self.config, inputs) if self.head_types else None
         pooled = outputs.get("pooler_output")
         if vars(self.config).get("scale_decoder_outputs"):  # T5 scales what its heads read, not the sentence vector
@@ -224,6 +235,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
             attention_mask=inputs.get("attention_mask"),
             return_dict=True,
             pooled_output=pooled,
+            invertible_adapter=inverse,
             **{key: value for key, value in inputs.items() if key not in self._base_inputs},
         )
 
@@ -370,3 +382,11 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
             >>> model.load_head("out/sst2", load_as="reviews")
         """
         return head_files.load_head(self, save_directory, load_as, id2label, use_safetensors, **kwargs)
+
+
+def _of_all_channels(forward: Forward | None, channels: int) -> Forward | None:
+    """The pass as the base model saw it, whose rows were repeated for Parallel."""
+    if forward is None or channels == 1 or forward.repeated:
+        return forward
+    tasks = forward.task_ids
+    return replace(forward, task_ids=None if tasks is None else tasks.repeat(channels), repeated=True)
