@@ -15,6 +15,9 @@ from ..signals import LinearSignal
 from ..sites import LinearSite
 from .linear_method import LinearMethod, LinearMethodConfig
 
+NARROW = 8
+"""Blocks of so many inputs or fewer are multiplied from the left: the rows of a batch are then what is contiguous."""
+
 
 @dataclass(eq=False)
 class OFTConfig(LinearMethodConfig):
@@ -117,22 +120,19 @@ class OFT(LinearMethod):
         return self._kept.get("blocks", [self.oft_R], self._compute)
 
     def _compute(self) -> Tensor:
-        weight: Tensor = self.oft_R
-        if self.config.coft:
-            within = self._projected()
-            if self.training and torch.is_grad_enabled():
-                with torch.no_grad():
-                    weight.copy_(within)
-            else:
-                weight = within
+        weight = self._bounded() if self.config.coft else self.oft_R
         skew = weight.index_select(1, self.index).view(-1, self.size, self.size) * self.sign
         return self._neumann(skew) if self.config.use_cayley_neumann else cayley(skew)
 
-    @torch.no_grad()
-    def _projected(self) -> Tensor:
+    def _bounded(self) -> Tensor:
+        """The parameters, each block's within the bound; the gradient is that at the bound."""
         most = self.config.eps / len(self.oft_R) ** 0.5
-        norm = self.oft_R.norm(dim=1, keepdim=True) * 2**0.5  # an entry stands twice in the matrix
-        return torch.where(norm <= most, self.oft_R, self.oft_R * (most / norm.clamp(min=most)))
+        with torch.no_grad():
+            norm = self.oft_R.norm(dim=1, keepdim=True) * 2**0.5  # an entry stands twice in the matrix
+            within = torch.where(norm <= most, self.oft_R, self.oft_R * (most / norm.clamp(min=most)))
+            if self.training and self.oft_R.requires_grad:
+                self.oft_R.copy_(within)
+        return self.oft_R + (within - self.oft_R).detach()
 
     def _neumann(self, skew: Tensor) -> Tensor:
         identity = torch.eye(self.size, dtype=skew.dtype, device=skew.device)
@@ -193,8 +193,8 @@ def rotate(x: Tensor, blocks: Tensor, count: int) -> Tensor:
     size = blocks.shape[-1]
     if blocks.shape[0] != count:
         return (x.reshape(-1, size) @ blocks[0]).view(x.shape)
-    if torch.is_grad_enabled():
+    if size > NARROW:
         rows = x.reshape(-1, count, size).transpose(0, 1)
         return torch.bmm(rows, blocks).transpose(0, 1).reshape(x.shape)
-    columns = x.reshape(-1, count * size).T.view(count, size, -1)  # no copy, but the result is transposed
-    return torch.bmm(blocks.mT, columns).flatten(0, 1).T.view(x.shape)
+    columns = x.reshape(-1, count * size).T.view(count, size, -1)
+    return torch.bmm(blocks.mT, columns).view(count * size, -1).T.contiguous().view(x.shape)
