@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from adapters import BertAdapterModel
+from adapters.composition import ALLOWED_NESTINGS, Rows
 
 ROOT = Path(__file__).parents[2]
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -45,14 +46,26 @@ def runs(page):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks by the old name
-@pytest.mark.parametrize("page", ["architecture", "migrating"])
+@pytest.mark.parametrize("page", ["architecture", "composition", "migrating"])
 def test_the_snippets_of_a_page_run_in_order(page, offline):
     runs(page)
 
 
 def test_every_page_with_snippets_runs():
     pages = {page for page, text in PAGES.items() if SNIPPET.search(text)}
-    assert pages == {"architecture", "migrating", "quickstart", "training"}
+    assert pages == {"architecture", "composition", "migrating", "quickstart", "training"}
+
+
+def test_the_table_of_nestings_is_the_one_that_is_checked():
+    rows = re.findall(
+        r"^\| `([^`]+)` \| (`.*`) \|$", PAGES["composition"].split("What may stand in what")[1], re.MULTILINE
+    )
+    written = {name: re.findall("`([^`]+)`", kinds) for name, kinds in rows}
+    names = {kind: kind.__name__ for kind in ALLOWED_NESTINGS} | {Rows: "adapter_names=[…]"}
+    allowed = {
+        names[kind]: [inner.__name__ for inner in kinds if inner is not str] for kind, kinds in ALLOWED_NESTINGS.items()
+    }
+    assert written == allowed
 
 
 def test_the_quickstart_does_what_it_says(offline):

@@ -100,3 +100,12 @@ def test_static_setups_are_used_as_contexts_are(name: str) -> None:
     finally:
         model.set_active_adapters(None)
     assert torch.equal(tokens, within)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@each_causal_method
+def test_drafted_tokens_are_those_of_greedy_search(name: str, method: str) -> None:
+    """Prompt lookup: several drafted tokens are checked in one pass."""
+    batch = rows_of(prompts(name), [0])
+    expected, _ = generate(name, batch, method)
+    assert torch.equal(generate(name, batch, method, prompt_lookup_num_tokens=2)[0], expected)
