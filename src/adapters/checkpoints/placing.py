@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..composition import Fuse
 from ..configuration import AdapterConfig
+from ..method import filled_later
 from .files import Weights
 from .provenance import check_architecture, origin, prefixes
 from .weights import Fit, Slots, adapter_slots, compare, fill, fusion_slots, prefix_of, renamed, report
@@ -58,7 +59,8 @@ class Adapters(Bearer[AdapterConfig]):
 
     def add(self, name: str, config: AdapterConfig) -> None:
         """Makes a new adapter."""
-        self.model.add_adapter(name, config=config)
+        with filled_later():
+            self.model.add_adapter(name, config=config)
 
     def delete(self, name: str) -> None:
         """Removes an adapter."""

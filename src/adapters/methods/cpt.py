@@ -1,0 +1,110 @@
+"""Context-aware prompt tuning: the embeddings of examples, which training may move a little."""
+
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..configuration.base import AdapterConfig
+from ..configuration.checks import check_number
+from ..configuration.registry import register_architecture, register_config
+from ..layouts import PromptSignal
+from ..method import AdapterModule, register, weights_follow
+from ..prompts import PromptSite
+from .prompt_tuning import check_place, embedded, is_token_ids
+
+KINDS = 4
+FIXED, TEMPLATE_BEFORE, INPUT, TEMPLATE_AFTER = 0, 1, 2, 3
+"""What a token of the context is, its type modulo 4; answers are fixed."""
+
+
+@dataclass(eq=False)
+class CPTConfig(AdapterConfig):
+    """A context of examples in front of the input, whose embeddings are learned. Blau et al. 2024, arXiv:2410.17222.
+
+    ``cpt_token_ids``: the tokens of the context. ``cpt_tokens_type_mask``: for each, modulo 4: 1 or 3 a part of the
+    template, 2 a part of an example's input, 0 an answer, which stays fixed; by default all are 1. A token moves by at
+    most ``opt_projection_epsilon`` (inputs) or ``opt_projection_format_epsilon`` (templates), times sqrt(d / 2048).
+    ``combine``, ``placement``: as in ``PromptTuningConfig``.
+
+    Raises:
+        ConfigError: a field is unknown or its value is not allowed.
+    """
+
+    architecture: str | None = "cpt"
+    cpt_token_ids: list[int] = field(default_factory=lambda: [0])
+    cpt_tokens_type_mask: list[int] | None = None
+    opt_projection_epsilon: float = 0.1
+    opt_projection_format_epsilon: float = 0.1
+    combine: str = "prefix"
+    placement: str = "tokens"
+    init_weights_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_token_ids(self.cpt_token_ids) or not self.cpt_token_ids:
+            raise self.refusal("cpt_token_ids", "no list of token ids", "it must be a list of integers >= 0")
+        kinds = self.cpt_tokens_type_mask
+        if kinds is not None and not (is_token_ids(kinds) and len(kinds) == len(self.cpt_token_ids)):
+            raise self.refusal(
+                "cpt_tokens_type_mask", "no list of types", f"it must have {len(self.cpt_token_ids)} integers >= 0"
+            )
+        check_number(self, "opt_projection_epsilon", above=0)
+        check_number(self, "opt_projection_format_epsilon", above=0)
+        check_place(self)
+
+
+register_architecture("cpt", CPTConfig)
+register_config("cpt", CPTConfig())
+
+
+@register(CPTConfig, PromptSite)
+class CPT(AdapterModule[PromptSignal]):
+    """[C + D; E] with |D_i| <= e_i
+
+    The embeddings C (p, d) of a context of p tokens, plus learned D (p, d). A row of D longer than e_i is scaled to
+    e_i; e_i depends on what the token is, see ``CPTConfig``. Blau et al. 2024, arXiv:2410.17222, section 4.
+
+    Site: PromptSite. Parameters: p d (of D; C is a buffer, and saved).
+    Start: the context as it is, D = 0. Merges: no.
+    Differs from PEFT: the loss is the model's own, on the labels that it is given; PEFT adds that of the context's
+    answers.
+    """
+
+    container = "prompt_tunings"
+    embedding: Tensor
+    radius: Tensor
+
+    def __init__(self, config: CPTConfig, site: PromptSite, shared: Any = None) -> None:
+        super().__init__()
+        ids = config.cpt_token_ids
+        self.target, self.length = site.target(config), len(ids)
+        context = torch.zeros(len(ids), site.width) if weights_follow() else embedded(ids, config, site)
+        self.register_buffer("embedding", context)
+        self.delta_embedding = nn.Embedding.from_pretrained(torch.zeros(len(ids), site.width), freeze=False)
+        kinds = [kind % KINDS for kind in config.cpt_tokens_type_mask or [TEMPLATE_BEFORE] * len(ids)]
+        unit = sqrt(site.width / 2048)
+        radii = {FIXED: 0.0, INPUT: config.opt_projection_epsilon * unit}
+        template = config.opt_projection_format_epsilon * unit
+        self.register_buffer("radius", torch.tensor([[radii.get(kind, template)] for kind in kinds]), persistent=False)
+
+    @classmethod
+    def wants(cls, config: CPTConfig, site: PromptSite) -> bool:
+        """At every model's input."""
+        return True
+
+    def forward(self, signal: PromptSignal) -> PromptSignal:
+        """See the class."""
+        return signal.with_prompt(self.target, self.length, self.prompt)
+
+    def prompt(self) -> Tensor:
+        """C + D (p, d). In training the parameter itself is scaled: gradient descent with a projection."""
+        delta = self.delta_embedding.weight
+        with torch.no_grad():
+            inside = delta * (self.radius / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+            if self.training:
+                delta.copy_(inside)
+        moves = (self.radius > 0).to(delta.dtype)
+        return self.embedding + moves * (delta + (inside - delta).detach())
