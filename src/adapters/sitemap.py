@@ -147,7 +147,12 @@ class SiteMap:
         with seeded(config.get("init_weights_seed")):
             shared = method.share(config, sites) if sites else None
         if shared is not None:
-            self._put_shared(method.shared_container, name, shared)
+            if method.shared_container in self._shared[name]:
+                raise AdapterError(
+                    f"add_adapter({name!r}): two members of the union have something that their modules share, under "
+                    f"one name, {method.shared_container}; add one of them as an adapter of its own and use Stack."
+                )
+            self._put_shared(method.shared_container, name, shared, config.get("dtype") is not None)
         for site in sites:
             self._check_host(name, site)
             with seeded(config.get("init_weights_seed")):
@@ -200,8 +205,8 @@ class SiteMap:
             "configuration, or check leave_out."
         )
 
-    def _put_shared(self, container: str, name: str, module: nn.Module) -> None:
-        module.to(**_factory(next(self.base_model.parameters()))).train(self.base_model.training)
+    def _put_shared(self, container: str, name: str, module: nn.Module, keep_dtype: bool) -> None:
+        module.to(**_factory(next(self.base_model.parameters()), keep_dtype)).train(self.base_model.training)
         parent = self.base_model
         *above, last = container.split(".")
         for part in above:
@@ -414,16 +419,14 @@ def _check_fusions(site: Site, plan: Setup) -> None:
         _check_fusions(site, part)
 
 
-def _factory(reference: torch.Tensor) -> Mapping[str, Any]:
-    dtype = {"dtype": reference.dtype} if reference.dtype.is_floating_point else {}
+def _factory(reference: torch.Tensor, keep_dtype: bool) -> Mapping[str, Any]:
+    dtype = {"dtype": reference.dtype} if reference.dtype.is_floating_point and not keep_dtype else {}
     return {"device": reference.device, **dtype}
 
 
 def _like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
     """Give a new module the device, dtype and mode of its host; moving is slow, so it is done only where it is due."""
-    factory = dict(_factory(site.reference))
-    if keep_dtype:
-        factory.pop("dtype", None)
+    factory = _factory(site.reference, keep_dtype)
     for tensor in chain(module.parameters(), module.buffers()):
         if tensor.device != factory["device"] or tensor.dtype != factory.get("dtype", tensor.dtype):
             module.to(**factory)

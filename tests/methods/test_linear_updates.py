@@ -277,3 +277,14 @@ def test_maps_that_do_not_fit_are_refused(config, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         model.add_adapter("x", config)
     assert not model.adapters_config.adapters
+
+
+def test_two_members_that_share_under_one_name_are_refused() -> None:
+    union = adapters.ConfigUnion(
+        VBLoRAConfig(r=2, **BANK), RandLoRAConfig(r=3, selfattn_lora=False, intermediate_lora=True)
+    )
+    model = adapted("bert")
+    with pytest.raises(AdapterError, match=r"share, under one name, shared_parameters.*use Stack"):
+        model.add_adapter("x", union)
+    assert not model.adapters_config.adapters
+    assert not [key for key in model.state_dict() if "shared" in key]
