@@ -7,6 +7,9 @@ from typing import Any, ClassVar, Self, cast
 
 from ..errors import ConfigError, listing, suggestion
 
+LATER = {"later": True}
+"""Metadata of a field that 1.x does not have: ``to_dict``, and so a file, leaves it out where it is at its default."""
+
 
 class AdapterConfig(Mapping[str, Any]):
     """How one adapter is built: the base of the configuration of every method.
@@ -94,8 +97,11 @@ class AdapterConfig(Mapping[str, Any]):
         return hash(_hashable(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in the order of their declaration, as plain Python values that JSON can hold."""
-        return asdict(self)
+        """The fields in the order of their declaration, as plain Python values that JSON can hold.
+
+        Fields that 1.x does not have are left out where they are at their default.
+        """
+        return {name: value for name, value in asdict(self).items() if (name, value) not in _left_out(type(self))}
 
     def replace(self, **changes: Any) -> Self:
         """A copy of the same class with some fields changed.
@@ -145,6 +151,14 @@ class AdapterConfig(Mapping[str, Any]):
 @cache
 def _field_names(cls: type[AdapterConfig]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls))
+
+
+@cache
+def _left_out(cls: type[AdapterConfig]) -> tuple[tuple[str, Any], ...]:
+    marked = [field for field in fields(cls) if field.metadata == LATER]
+    return tuple(
+        (field.name, field.default if field.default_factory is MISSING else field.default_factory()) for field in marked
+    )
 
 
 def _hashable(value: Any) -> Any:

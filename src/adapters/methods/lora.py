@@ -2,14 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from ..configuration.base import AdapterConfig
+from ..configuration.base import LATER, AdapterConfig
 from ..configuration.checks import (
     check_choice,
     check_dtype,
@@ -18,17 +18,25 @@ from ..configuration.checks import (
     check_layers,
     check_letters,
     check_number,
+    is_integer,
+    is_number,
 )
 from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
+from ..derived import Derived
 from ..errors import AdapterError
 from ..grouping import Group, grouped_linear, per_row
 from ..method import AdapterModule, register
 from ..signals import LinearSignal
-from ..sites import LinearSite
+from ..sites import LinearSite, Site
+from .lora_init import FROM_WEIGHT, KEEPS_START, factors
+from .patterns import check_pattern, value_at
 
 ATTENTION_MATRICES = ("q", "k", "v", "o")
-INITIALISATIONS = ("lora", "bert", "ia3", "vera")
+RANDOM = ("lora", "bert", "ia3", "vera")
+FROM_DATA = ("eva", "lora_ga")
+INITIALISATIONS = (*RANDOM, "pissa", "pissa_niter_16", "olora", *FROM_DATA)
+PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 @dataclass(eq=False)
@@ -40,6 +48,13 @@ class LoRAConfig(AdapterConfig):
     layers but those in ``leave_out``. The change has rank ``r`` and is scaled by ``alpha / r``. ``dtype`` is the name
     of the torch dtype of the new parameters; None is that of the model. ``composition_mode="scale"`` is (IA)³,
     ``use_dora`` is DoRA, ``vera_d`` and ``vera_b`` (the start values of its vectors) are VeRA.
+
+    Not in 1.x: ``use_rslora`` scales by ``alpha / sqrt(r)`` (arXiv:2312.03732). ``rank_pattern`` and ``alpha_pattern``
+    give single places another r (0: none) or alpha; which key wins is said in ``methods/patterns.py``. ``lora_bias``
+    adds a bias to B. ``embedding_lora`` changes the token embeddings, ``lm_head_lora`` the map onto the vocabulary.
+    ``init_weights`` is one of 1.x's "lora", "bert", "ia3" and "vera", or "pissa", "pissa_niter_16" (or another number
+    of iterations), "olora", "eva" or "lora_ga"; the last two wait for ``model.initialize_lora``.
+    ``legacy`` marks DoRA and VeRA from files of 1.x, which are computed as there; new ones are those of the papers.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -62,6 +77,13 @@ class LoRAConfig(AdapterConfig):
     vera_d: float | None = None
     vera_b: float | None = None
     dtype: str | None = None
+    use_rslora: bool = field(default=False, metadata=LATER)
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=LATER)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=LATER)
+    lora_bias: bool = field(default=False, metadata=LATER)
+    embedding_lora: bool = field(default=False, metadata=LATER)
+    lm_head_lora: bool = field(default=False, metadata=LATER)
+    legacy: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,12 +93,16 @@ class LoRAConfig(AdapterConfig):
         check_fraction(self, "dropout")
         check_letters(self, "attn_matrices", ATTENTION_MATRICES)
         check_choice(self, "composition_mode", ("add", "scale"))
-        check_choice(self, "init_weights", INITIALISATIONS)
+        if not (isinstance(self.init_weights, str) and FROM_WEIGHT.fullmatch(self.init_weights)):
+            check_choice(self, "init_weights", INITIALISATIONS)
         for name in ("vera_d", "vera_b"):
             if self[name] is not None:
                 check_number(self, name)
                 self.normalize(name, float(self[name]))
         check_dtype(self, "dtype")
+        check_pattern(self, "rank_pattern", "integers >= 0", lambda value: is_integer(value) and value >= 0)
+        check_pattern(self, "alpha_pattern", "numbers", is_number)
+        self._check_options()
         if self.composition_mode == "scale":
             self._check_scale()
 
@@ -89,6 +115,36 @@ class LoRAConfig(AdapterConfig):
         if self.use_dora:
             return "dvora" if is_vera else "dora"
         return "vera" if is_vera else "lora"
+
+    def rank_at(self, site: Site) -> int:
+        """The rank at a site; 0: it has no module."""
+        return int(value_at(self.rank_pattern, site, self.r))
+
+    def scale_at(self, site: Site) -> float:
+        """alpha / r at a site, or alpha / sqrt(r)."""
+        rank = self.rank_at(site)
+        return float(value_at(self.alpha_pattern, site, self.alpha)) / (rank**0.5 if self.use_rslora else rank)
+
+    def _check_options(self) -> None:
+        """What 1.x does not have is for plain LoRA; DoRA has patterns and rsLoRA too."""
+        options = [item.name for item in fields(LoRAConfig) if item.metadata == LATER and self[item.name]]
+        if self.init_weights not in RANDOM:
+            options.append("init_weights")
+        kind = self.variant if self.architecture == LoRAConfig.architecture else "mtl_lora"
+        kinds = dict.fromkeys((*PATTERNS, "use_rslora"), ("lora", "dora")) | {"legacy": ("dora", "vera", "dvora")}
+        for name in options:
+            if kind not in (having := kinds.get(name, ("lora",))):
+                raise self.refusal(name, f"not possible with {kind}", f"only {' and '.join(having)} have it")
+        if self.embedding_lora:
+            for name in ("use_gating", "dropout", "lora_bias"):
+                if self[name]:
+                    raise self.refusal(name, "not possible with embedding_lora", "token ids have no such thing")
+            if self.init_weights in FROM_DATA:
+                raise self.refusal(
+                    "init_weights", "not possible with embedding_lora", "it reads what linear maps are given"
+                )
+        if KEEPS_START.fullmatch(self.init_weights) and self.alpha <= 0:
+            raise self.refusal("alpha", f"not possible with init_weights={self.init_weights!r}", "it must be > 0")
 
     def _check_scale(self) -> None:
         """(IA)³ multiplies by one vector: it has no rank, no input to drop, no A and B."""
@@ -121,7 +177,8 @@ class LinearChange(AdapterModule[LinearSignal]):
 
     def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
         super().__init__()
-        self.stack, self.config, self.scale = site.source, config, config.alpha / config.r
+        self.stack, self.config = site.source, config
+        self.rank, self.scale = config.rank_at(site), config.scale_at(site)
         self.dtype: torch.dtype | None = None if config.dtype is None else getattr(torch, config.dtype)
         self.gate = nn.Linear(site.inputs, 1) if config.use_gating else None
         if self.gate is not None:
@@ -132,12 +189,12 @@ class LinearChange(AdapterModule[LinearSignal]):
         """At the projections that the configuration's flags and ``attn_matrices`` name."""
         named = site.location != "selfattn_lora" or site.role in config.attn_matrices
         chosen = config.variant == cls.variant and bool(config[site.location])
-        return chosen and named and site.layer not in config.leave_out
+        return chosen and named and site.layer not in config.leave_out and config.rank_at(site) > 0
 
     @classmethod
     def asks_for(cls, config: LoRAConfig) -> set[str]:
         """The location flags that are set."""
-        return {location for location in LinearSite.locations.values() if config[location]}
+        return {location for location in cls.site_type.locations.values() if config[location]}
 
     def opened(self, signal: LinearSignal) -> Tensor | None:
         """(b, 1) how far the gate is open for each row, which is reported; None without a gate."""
@@ -165,6 +222,15 @@ class LowRankChange(LinearChange):
     def factors(self) -> tuple[Tensor, Tensor]:
         """down (r, in) and up (out, r)."""
 
+    def sources(self) -> list[Tensor]:
+        """The tensors that the change is computed from."""
+        return [*self.parameters(), *self.buffers()]
+
+    def forward(self, signal: LinearSignal) -> LinearSignal:
+        """See the class."""
+        down, up = self.factors()
+        return plus_low_rank(signal, self.dropped(signal.x, down.dtype), down, up, self.scale, self.opened(signal))
+
     def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The input of the change: x after dropout, in the dtype of the matrices."""
         x = dropout(x, self.config.dropout, self.training) if self.config.dropout else x
@@ -179,13 +245,14 @@ class LowRankChange(LinearChange):
 
 @register(LoRAConfig, LinearSite)
 class LoRA(LowRankChange):
-    """y = Wx + (alpha / r) B A x
+    """y = Wx + s B A x with s = alpha / r
 
     Low-rank change of a linear map. Hu et al. 2021, arXiv:2106.09685, eq. 3. With ``use_gating`` the change is
-    multiplied by a gate, one for each row.
+    multiplied by a gate, one for each row; with ``lora_bias`` it is s (B A x + b). For starts with B A != 0 it is
+    s (B A - B0 A0) x, see ``lora_init.py``.
 
-    Site: LinearSite. Parameters: lora_A (r, in), lora_B (out, r), gate (1, in).
-    Start: identity (lora_B = 0). Merges: yes, unless gated.
+    Site: LinearSite. Parameters: lora_A (r, in), lora_B (out, r), bias b (out), gate (1, in). Buffers: start_A = A0,
+    start_B = B0. Start: identity (B = 0; or A = A0, B = B0). Merges: yes, unless gated.
     Differs from 1.x: in a Stack each LoRA sees x, not the previous change; a gated one is scaled by alpha / r too.
     """
 
@@ -193,23 +260,77 @@ class LoRA(LowRankChange):
 
     def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
         super().__init__(config, site, shared)
-        self.lora_A = nn.Parameter(torch.empty(config.r, site.inputs, dtype=self.dtype))
-        self.lora_B = nn.Parameter(torch.empty(site.outputs, config.r, dtype=self.dtype))
-        initialise(self.lora_A, config.init_weights, zero=False)
-        initialise(self.lora_B, config.init_weights, zero=True)
+        self.lora_A = nn.Parameter(torch.empty(self.rank, site.inputs, dtype=self.dtype))
+        self.lora_B = nn.Parameter(torch.empty(site.outputs, self.rank, dtype=self.dtype))
+        self.bias = nn.Parameter(torch.zeros(site.outputs, dtype=self.dtype)) if config.lora_bias else None
+        self.mergeable = self.bias is None or site.bias is not None
+        self._kept = Derived()
+        scheme = config.init_weights
+        if FROM_WEIGHT.fullmatch(scheme) and not site.weight.is_meta:
+            self.start_at(*factors(scheme, site.weight, self.rank, self.scale))
+        else:
+            self._initialise(scheme)
+        keeps = KEEPS_START.fullmatch(scheme) is not None
+        self.start_A: Tensor | None
+        self.start_B: Tensor | None
+        self.register_buffer("start_A", self.lora_A.detach().clone() if keeps else None)
+        self.register_buffer("start_B", self.lora_B.detach().clone() if keeps else None)
+
+    def _initialise(self, scheme: str) -> None:
+        scheme = scheme if scheme in RANDOM else "lora"
+        initialise(self.lora_A, scheme, zero=False)
+        initialise(self.lora_B, scheme, zero=True)
+
+    @torch.no_grad()
+    def start_at(self, down: Tensor, up: Tensor) -> None:
+        """Set A and B."""
+        self.lora_A.copy_(down)
+        self.lora_B.copy_(up)
+
+    @torch.no_grad()
+    def keep_start(self) -> None:
+        """Take the A and B of now for A0 and B0."""
+        if self.start_A is not None and self.start_B is not None:
+            self.start_A.copy_(self.lora_A)
+            self.start_B.copy_(self.lora_B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        return self.lora_A, self.lora_B
+        """A and B; where there are A0 and B0 those of (B - B0) A + B0 (A - A0), which is exactly 0 at the start."""
+        down, up, down_0, up_0 = self.lora_A, self.lora_B, self.start_A, self.start_B
+        if down_0 is None or up_0 is None:
+            return down, up
+        return self._kept.get(
+            "factors",
+            (down, up, down_0, up_0),
+            lambda: (torch.cat([down, down - down_0]), torch.cat([up - up_0, up_0], 1)),
+        )
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        x = self.dropped(signal.x, self.lora_A.dtype)
-        return plus_low_rank(signal, x, self.lora_A, self.lora_B, self.scale, self.opened(signal))
+        x, gate = self.dropped(signal.x, self.lora_A.dtype), self.opened(signal)
+        changed = plus_low_rank(signal, x, *self.factors(), self.scale, gate)
+        if self.bias is None:
+            return changed
+        bias = self.bias * self.scale if gate is None else self.bias * self.scale * gate[:, None]
+        return replace(changed, output=changed.output + bias.to(changed.output.dtype))
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W + s B A."""
+        if not self.mergeable:
+            raise AdapterError(
+                f"merge_adapter({self.name!r}): it has a bias (lora_bias=True), and {self.location} in layer "
+                f"{self.layer} has none that it could be merged into. Keep the adapter active instead."
+            )
+        return super().merged_weight(weight)
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """b of the map plus s b."""
+        self.refuse_gate()
+        return bias if self.bias is None else bias + (self.bias * self.scale).to(bias.dtype)
 
     def group_key(self) -> Hashable:
-        """Without a gate; all but alpha must be the same."""
-        if self.gate is not None:
+        """Without gate, bias and kept start; all but alpha must be the same."""
+        if self.gate is not None or self.bias is not None or self.start_A is not None:
             return None
         return self.lora_A.shape, self.lora_B.shape, self.lora_A.dtype, self.config.dropout
 
