@@ -112,7 +112,8 @@ class FourierFT(LinearUpdate):
         spectrum = self.fourierft_spectrum
         exact = spectrum if spectrum.dtype == torch.float64 else spectrum.float()  # there is no transform of halves
         half = exact.new_zeros(outputs * width).index_add(0, position, exact[coefficient])
-        change: Tensor = torch.fft.irfft2(half.view(outputs, width).to(exact.dtype.to_complex()), s=self.shape)
+        half = half.view(outputs, width)
+        change: Tensor = torch.fft.irfft2(torch.complex(half, torch.zeros_like(half)), s=self.shape)
         return (change * (self.scaling / 2)).to(spectrum.dtype)
 
 
