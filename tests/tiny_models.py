@@ -174,6 +174,47 @@ def with_invertible(shifts: int) -> Callable[[Any, Any], int]:
 COUNTS |= {"seq_bn_inv": with_invertible(1), "glow": with_invertible(2)}
 
 
+PROMPTS: dict[str, AdapterConfig] = {
+    "prompt": adapters.PromptTuningConfig(prompt_length=3),
+    "p_tuning": adapters.PTuningConfig(prompt_length=2, encoder_hidden_size=6, placement="auto"),
+    "p_tuning_lstm": adapters.PTuningConfig(
+        prompt_length=2, encoder_reparameterization_type="LSTM", encoder_hidden_size=4, placement="auto"
+    ),
+    "multitask_prompt": adapters.MultitaskPromptTuningConfig(prompt_length=3, num_ranks=2, placement="auto"),
+    "cpt": adapters.CPTConfig(cpt_token_ids=[5, 6, 7], opt_projection_format_epsilon=8.0, placement="auto"),
+}
+MORE_METHODS |= PROMPTS
+REFUSED["cpt"] = ("vit",)  # it starts from tokens
+COUNTS["prompt"] = lambda config, site: config.prompt_length * site.width
+COUNTS["p_tuning"] = lambda config, site: (
+    d := site.width,
+    w := config.encoder_hidden_size,
+    d * 2 + (d + 1 + w + 1) * w + (w + 1) * d,
+)[2]
+COUNTS["multitask_prompt"] = lambda config, site: (p := config.prompt_length) * site.width + 2 * (p + site.width)
+COUNTS["cpt"] = lambda config, site: 3 * site.width
+
+MORE_METHODS |= {
+    "dora": LoRAConfig(r=4, alpha=8, use_dora=True, **EVERYWHERE),
+    "vera": LoRAConfig(r=4, alpha=12, init_weights="vera", vera_d=0.5, vera_b=0.0, **EVERYWHERE),
+    "dvora": LoRAConfig(r=4, alpha=8, init_weights="vera", use_dora=True, vera_d=0.5, vera_b=0.0, **EVERYWHERE),
+    "mtl_lora": adapters.MTLLoRAConfig(r=4, alpha=8, n_up_projection=3, weights_sharpness=0.5, **EVERYWHERE),
+    "mtl_dora": adapters.MTLLoRAConfig(
+        r=4, n_up_projection=2, task_specific_matrix_type="linear", weights_sharpness=0.5, use_dora=True, **EVERYWHERE
+    ),
+}
+LORA_FAMILY = ("dora", "vera", "dvora", "mtl_lora", "mtl_dora")
+IDENTITY |= dict.fromkeys(LORA_FAMILY, 0)
+MERGES |= {*LORA_FAMILY}
+COUNTS["dora"] = lambda config, site: COUNTS["lora"](config, site) + site.outputs
+COUNTS["vera"] = lambda config, site: config.r + site.outputs
+COUNTS["dvora"] = lambda config, site: config.r + 2 * site.outputs
+COUNTS["mtl_lora"] = lambda config, site: (
+    config.r * (site.inputs + (n := config.n_up_projection) * site.outputs) + n + config.r
+)
+COUNTS["mtl_dora"] = lambda config, site: COUNTS["mtl_lora"](config, site) + config.r * (config.r - 1) + site.outputs
+
+
 def generator(name: str) -> torch.Generator:
     """A random stream that depends on nothing but the name."""
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -264,8 +305,10 @@ def changed(configuration: AdapterConfig, **fields: Any) -> AdapterConfig:
 
 @torch.no_grad()
 def output(model, batch, **kwargs) -> torch.Tensor:
-    """The first output, under the active setup."""
-    return model(**batch, **kwargs)[0]
+    """The first output, under the active setup; of a longer one, the states of the tokens, which stand last."""
+    states = model(**batch, **kwargs)[0]
+    tokens = batch.get("decoder_input_ids", batch.get("input_ids"))
+    return states[:, -(5 if tokens is None else tokens.shape[1]) :]
 
 
 def run(model, batch, setup, **kwargs) -> torch.Tensor:

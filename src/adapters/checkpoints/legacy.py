@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from packaging.version import InvalidVersion, Version
+from torch import Tensor
 
+from ..configuration.base import AdapterConfig
 from ..configuration.registry import ARCHITECTURES
 from ..errors import CheckpointError, listing
 from . import names
@@ -30,9 +33,12 @@ OLD_CONTAINER = re.compile(rf"(^|\.)({'|'.join(CONTAINERS)})(?=\.)")
 POOL_ALIAS = re.compile(r"(^|\.)prefix_tuning\.pool\.prefix_tunings\.")
 """1.x writes every prefix once more for each attention module that uses it."""
 
+UNSAVED = ("subtract_projection", "random_uniform_scale")
+"""Settings that 1.x computes with and does not save."""
+
 LIBRARY = "adapters."
 LORA_SCALING_FIXED = Version("1.1.0")
-GATED_LORA_SCALING_FIXED = Version("2.0.0.dev0")
+GATED_LORA_SCALING_FIXED = LORA_VARIANTS_FIXED = Version("2.0.0.dev0")
 
 
 def upgraded_weights(weights: Weights) -> Weights:
@@ -40,7 +46,42 @@ def upgraded_weights(weights: Weights) -> Weights:
     named = {
         OLD_CONTAINER.sub(lambda match: match[1] + CONTAINERS[match[2]], key): value for key, value in weights.items()
     }
-    return {key: value for key, value in named.items() if not POOL_ALIAS.search(key)}
+    return _with_rotations({key: value for key, value in named.items() if not POOL_ALIAS.search(key)})
+
+
+def _with_rotations(weights: Weights) -> Weights:
+    """1.x keeps the rotation of a LoReFT as two matrices, of which it takes the product of reflections."""
+    found = dict(weights)
+    for key in weights:
+        stem = key.removesuffix(names.FACTORS[0])
+        if stem == key or stem + names.FACTORS[1] not in weights:
+            continue
+        original, base = (found.pop(stem + end) for end in names.FACTORS)
+        rotation, collapsed = _rotation(original, base)
+        found[stem + names.ORTHONORMAL] = rotation
+        source = stem + ".learned_source"
+        if collapsed.any() and f"{source}.weight" in found:
+            warnings.warn(
+                f"{stem}: in 1.x the rotation of this LoReFT has collapsed to zero, as it does with weight decay; it "
+                "is loaded without effect, as 1.x computes it, and can be trained again.",
+                stacklevel=5,
+            )
+            found[f"{source}.weight"] = torch.where(collapsed[:, None], rotation, found[f"{source}.weight"])
+            found[f"{source}.bias"] = found[f"{source}.bias"].masked_fill(collapsed, 0)
+    return found
+
+
+def _rotation(original: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """R (r, d) as 1.x computes it, and (r,) where it collapsed: 1.x cuts a diagonal, of -1 at first, to integers."""
+    rank, width = original.shape
+    if rank == width:
+        lower = original.tril()
+        return base @ torch.linalg.matrix_exp(lower - lower.T), torch.zeros(rank, dtype=torch.bool)
+    reflections, diagonal = original.T.tril(-1).float(), original.diagonal().int()
+    sizes = 2 / (1 + reflections.square().sum(0))
+    signs = torch.where(diagonal > 0, 1, -1)
+    product = torch.linalg.householder_product(reflections, sizes) * signs
+    return (base.float() @ product).T.contiguous().to(base.dtype), diagonal == 0
 
 
 def upgraded_config(full: Mapping[str, Any], weights: Weights, file: Path) -> dict[str, Any]:
@@ -59,6 +100,17 @@ def upgraded_config(full: Mapping[str, Any], weights: Weights, file: Path) -> di
     return _upgraded(config, full, weights, file)
 
 
+def completed(config: AdapterConfig, full: Mapping[str, Any], present: AdapterConfig | None) -> AdapterConfig:
+    """The configuration with what 1.x did not save taken from the adapter of that name that is there, if it fits.
+
+    So ``add_adapter("a", "direft")`` and then ``load_adapter`` reads a DiReFT of 1.x, whose file is that of a NoReFT.
+    """
+    if present is None or present.architecture != config.architecture:
+        return config
+    known = {name for name in UNSAVED if name not in full["config"] and name in config.field_names()}
+    return config.replace(**{name: present[name] for name in known}) if known else config
+
+
 def _upgraded(config: Mapping[str, Any], full: Mapping[str, Any], weights: Weights, file: Path) -> dict[str, Any]:
     config = dict(config)
     if config.get("architecture") == "union":
@@ -66,6 +118,7 @@ def _upgraded(config: Mapping[str, Any], full: Mapping[str, Any], weights: Weigh
     _rename_activation(config, full)
     _flatten_invertible(config, full, weights)
     _fix_lora_scaling(config, full, file)
+    _mark_lora_variants(config, full, file)
     _fix_cross_adapter(config, full, weights)
     return _known(config, file)
 
@@ -88,14 +141,10 @@ def _flatten_invertible(config: dict[str, Any], full: Mapping[str, Any], weights
 def _fix_lora_scaling(config: dict[str, Any], full: Mapping[str, Any], file: Path) -> None:
     """Before 1.1.0 the factor alpha / r was forgotten, with gating until 2.0: such a LoRA was trained with 1."""
     version, gated = full.get("version", ""), bool(config.get("use_gating"))
-    if config.get("architecture") != "lora" or config.get("r") == config.get("alpha"):
+    if config.get("architecture") not in ("lora", "mtl_lora") or config.get("r") == config.get("alpha"):
         return
     faulty = gated  # as with all that adapter-transformers wrote, which states its own bare version or none
-    if version.startswith(LIBRARY):
-        try:
-            written = Version(version.removeprefix(LIBRARY))
-        except InvalidVersion as error:
-            raise CheckpointError(f"{str(file)!r}: 'version' is {version!r}, not like 'adapters.1.3.0'.") from error
+    if (written := _written_by(full, file)) is not None:
         faulty = written < (GATED_LORA_SCALING_FIXED if gated else LORA_SCALING_FIXED)
     if faulty:
         warnings.warn(
@@ -104,6 +153,25 @@ def _fix_lora_scaling(config: dict[str, Any], full: Mapping[str, Any], file: Pat
             stacklevel=7,
         )
         config["alpha"] = config.get("r")
+
+
+def _mark_lora_variants(config: dict[str, Any], full: Mapping[str, Any], file: Path) -> None:
+    """1.x has matrices for the vectors of VeRA; its DoRA leaves alpha / r out of the norm and scales the bias."""
+    variant = config.get("use_dora") or any(config.get(name) is not None for name in ("vera_d", "vera_b"))
+    if config.get("architecture") == "lora" and variant:
+        written = _written_by(full, file)
+        config.setdefault("legacy", written is not None and written < LORA_VARIANTS_FIXED)
+
+
+def _written_by(full: Mapping[str, Any], file: Path) -> Version | None:
+    """The version of this library that wrote the file; None for adapter-transformers."""
+    version = full.get("version", "")
+    if not version.startswith(LIBRARY):
+        return None
+    try:
+        return Version(version.removeprefix(LIBRARY))
+    except InvalidVersion as error:
+        raise CheckpointError(f"{str(file)!r}: 'version' is {version!r}, not like 'adapters.1.3.0'.") from error
 
 
 def _fix_cross_adapter(config: dict[str, Any], full: Mapping[str, Any], weights: Weights) -> None:

@@ -1,10 +1,19 @@
 """DoRA and DvoRA: a linear map's direction changed by LoRA or VeRA, its magnitude by a learned vector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..configuration.registry import register_config, register_preset
-from .lora import LoRAConfig
-from .vera import is_vera
+from ..derived import Derived
+from ..method import register
+from ..signals import LinearSignal
+from ..sites import LinearSite
+from .lora import LoRA, LoRAConfig, LowRankChange
+from .vera import VeRA
 
 
 @dataclass(eq=False)
@@ -23,7 +32,100 @@ class DvoRAConfig(DoRAConfig):
     vera_b: float | None = 0.0
 
 
-register_preset(DoRAConfig, LoRAConfig, lambda config: config.use_dora)
-register_preset(DvoRAConfig, LoRAConfig, lambda config: config.use_dora and is_vera(config))
+register_preset(DoRAConfig, LoRAConfig, lambda config: config.variant == "dora")
+register_preset(DvoRAConfig, LoRAConfig, lambda config: config.variant == "dvora")
 register_config("dora", DoRAConfig())
 register_config("dvora", DvoRAConfig())
+
+
+class Magnitude(LowRankChange):
+    """y = b + g * (y' - b), where y' is what the low-rank change makes of Wx + b, and g = m / ||W + ΔW|| row by row.
+
+    The norm is a constant for the gradient (section 4.3 of the paper). It is found without ΔW, from products of rank
+    r: ||W + s B A||² = ||W||² + 2 s B (W Aᵀ) + s² B (A Aᵀ) Bᵀ, diagonals alone.
+    With ``legacy`` it is that of 1.x: of W + B A, and the bias is multiplied by g too.
+    """
+
+    def __init__(self, config: LoRAConfig, site: LinearSite, shared: Any = None) -> None:
+        super().__init__(config, site, shared)
+        self.site = site
+        self.m = nn.Linear(1, site.outputs, bias=False)
+        norms = squared_norms(site.weight).sqrt().to(self.dtype or site.weight.dtype)
+        self.m.weight = nn.Parameter(norms[:, None])
+        self._magnitudes = Derived()
+
+    def forward(self, signal: LinearSignal) -> LinearSignal:
+        """See the class."""
+        changed = super().forward(signal)
+        known = [self.site.weight, *self.sources()]
+        if self.site.bias is not None:
+            known.append(self.site.bias)
+        gain, shift = self._magnitudes.get("gain", known, self.gain)
+        output = changed.output
+        gain = gain.to(output.dtype)
+        moved = output * gain if shift is None else torch.addcmul(shift.to(output.dtype), output, gain)
+        return replace(changed, output=moved)
+
+    def gain(self) -> tuple[Tensor, Tensor | None]:
+        """g (out,) and (1 - g) b."""
+        magnitude, bias = self.m.weight[:, 0], self.site.bias
+        with torch.no_grad():
+            norms = self._magnitudes.get("norms", [self.site.weight, *self.sources()], self.norms)
+        gain = magnitude / norms.to(magnitude.dtype)
+        return gain, None if bias is None or self.config.legacy else bias - gain * bias
+
+    def norms(self) -> Tensor:
+        """||W + ΔW|| (out,), in single precision at least."""
+        weight = self.site.weight
+        square = self._magnitudes.get("square", [weight], lambda: squared_norms(weight))
+        down, up = self.factors()
+        scale = 1.0 if self.config.legacy else self.scale
+        crossed, up = linear(weight, down.to(weight.dtype)).to(square.dtype), up.to(square.dtype)
+        own = up @ (down @ down.T).to(square.dtype)
+        square = square + (up * (2 * scale * crossed + scale**2 * own)).sum(1)
+        return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """g times the rows of W + ΔW."""
+        return super().merged_weight(weight) * self.gain()[0][:, None].to(weight.dtype)
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """b, or g b with ``legacy``."""
+        return bias * self.gain()[0].to(bias.dtype) if self.config.legacy else bias
+
+
+def squared_norms(weight: Tensor) -> Tensor:
+    """||W||² (out,) of the rows of W (out, in), in single precision at least."""
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return wide.square().sum(1)
+
+
+@register(LoRAConfig, LinearSite)
+class DoRA(Magnitude, LoRA):
+    """y = m / ||W + (alpha / r) B A|| * (W + (alpha / r) B A) x + b, the norms row by row
+
+    The rows' directions are changed by LoRA, their lengths are learned. Liu et al. 2024, arXiv:2402.09353, eq. 5.
+
+    Site: LinearSite. Parameters: those of LoRA, m.weight (out, 1).
+    Start: identity (lora_B = 0, m = ||W||). Merges: yes, unless gated.
+    Differs from 1.x: the norm is that of the scaled change and the bias stays, so merged = unmerged; the norm has no
+    gradient; fused projections. Files of 1.x compute what they did (``legacy``).
+    """
+
+    variant = "dora"
+
+    def group_key(self) -> None:
+        """Each by itself."""
+
+
+@register(LoRAConfig, LinearSite)
+class DvoRA(Magnitude, VeRA):
+    """y = m / ||W + ΔW|| * (W + ΔW) x + b, where ΔW = (alpha / r) b * B (d * A) is VeRA's
+
+    DoRA with the shared random matrices of VeRA. Liu et al. 2024, arXiv:2402.09353, section 5.5.
+
+    Site: LinearSite. Parameters: those of VeRA, m.weight (out, 1).
+    Start: identity (``vera_b`` = 0, m = ||W||). Merges: yes, unless gated.
+    """
+
+    variant = "dvora"
