@@ -140,6 +140,18 @@ def test_a_change_of_a_parameter_is_seen(name: str) -> None:
     assert not torch.equal(run(model, batch, "x"), before)
 
 
+@pytest.mark.parametrize("name", ["loha", "loha_wide", "lokr", "fourierft", "vblora", "randlora"])
+def test_parameters_of_another_dtype(name: str) -> None:
+    """Single precision in a model of half precision; its outputs stay halves."""
+    model, batch = adapted("bert").to(torch.bfloat16), inputs("bert")
+    model.add_adapter("x", MORE_METHODS[name].replace(dtype="float32"))
+    disturb(model, "x")
+    assert {p.dtype for _, module in holding(model) for p in module.parameters()} == {torch.float32}
+    found = run(model, batch, "x")
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), run(model.float(), batch, "x"), rtol=0.1, atol=0.25)
+
+
 def test_fourierft_is_the_inverse_transform() -> None:
     """Against the complex transform of the full spectrum, for even and odd widths."""
     for outputs, inputs_ in ((6, 8), (5, 7), (4, 5), (7, 6)):

@@ -55,9 +55,8 @@ class VectorBank(nn.Module):
 
     def __init__(self, config: VBLoRAConfig) -> None:
         super().__init__()
-        dtype = None if config.dtype is None else getattr(torch, config.dtype)
         bound = config.init_vector_bank_bound
-        self.vblora_vector_bank = nn.Parameter(torch.empty(config.num_vectors, config.vector_length, dtype=dtype))
+        self.vblora_vector_bank = nn.Parameter(torch.empty(config.num_vectors, config.vector_length))
         nn.init.uniform_(self.vblora_vector_bank, -bound, bound)
 
 
@@ -109,6 +108,7 @@ class VBLoRA(LowRankUpdate):
     def _pieces(self, logits: Tensor) -> Tensor:
         """(…, b) for the logits (…, h)."""
         best, index = logits.topk(self.topk, -1)
-        weights, bank = best.softmax(-1).flatten(0, -2), self._bank[0].vblora_vector_bank
+        weights = best.softmax(-1).flatten(0, -2)
+        bank = self._bank[0].vblora_vector_bank.to(weights.dtype)  # what is shared has the model's dtype
         pieces = embedding_bag(index.flatten(0, -2), bank, per_sample_weights=weights, mode="sum")
         return pieces.view(*logits.shape[:-1], -1)
