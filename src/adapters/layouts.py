@@ -15,7 +15,7 @@ from .signals import Signal
 
 
 class Target(NamedTuple):
-    """Where a prompt goes: among the "tokens" or behind the "embeddings" module, before the input or after its start."""
+    """Where a prompt goes: among the tokens or behind the embeddings module; before the input or after its first."""
 
     placement: str
     after_first: bool

@@ -111,7 +111,7 @@ class PromptSite(Site):
         """
         if "tokens" not in self.placements:
             raise AdapterError(
-                f"add_adapter: {type(self.base_model).__name__} reads no tokens, so a prompt cannot start from some; use "
+                f"add_adapter: {type(self.base_model).__name__} reads no tokens, so no prompt can start from some; use "
                 'prompt_init="random_uniform".'
             )
         host: Any = self.host
@@ -206,9 +206,10 @@ class PromptSite(Site):
                 f"prompt tuning: the embeddings module of {type(self.base_model).__name__} does not give a sequence of "
                 "embeddings (b, s, d), so a prompt has no place; use LoRA or a bottleneck adapter."
             )
+        hidden: Tensor = output
         for layout in layouts:
-            output = layout.spread(layout.prompt, output)
-        return output
+            hidden = layout.spread(layout.prompt, hidden)
+        return hidden
 
     def on_trunk(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Keep the last hidden states for a pooler that is given one position of them."""
@@ -237,7 +238,7 @@ class PromptSite(Site):
     def _layouts(
         self, signals: Sequence[PromptSignal], mask: Tensor | None, length: Callable[[], int]
     ) -> tuple[list[Layout], Tensor | None]:
-        """The layouts, and the mask of the whole; `length`: of the whole, asked for if there are rows of different ones."""
+        """The layouts, and the mask of the whole; `length`: the whole's, asked for if prompts differ in length."""
         if mask is None and any(signal.seen is not None for signal in signals):
             tokens = length() - sum(signal.prompt.shape[1] for signal in signals)
             mask = signals[0].prompt.new_ones(len(signals[0]), tokens, dtype=torch.long)

@@ -93,7 +93,7 @@ FIELDS = {
     PrefixTuningConfig: "architecture encoder_prefix cross_prefix leave_out flat prefix_length bottleneck_size "
     "non_linearity dropout use_gating shared_gating init_weights_seed",
     PromptTuningConfig: "architecture prompt_length prompt_init prompt_init_text combine init_weights_seed "
-    "random_uniform_scale",
+    "random_uniform_scale placement tokenizer_name_or_path",
     LoRAConfig: "architecture selfattn_lora intermediate_lora output_lora leave_out r alpha dropout attn_matrices "
     "composition_mode init_weights init_weights_seed use_gating use_dora vera_d vera_b dtype",
     MTLLoRAConfig: "architecture selfattn_lora intermediate_lora output_lora leave_out r alpha dropout attn_matrices "

@@ -11,9 +11,6 @@ from golden_runs import load, new_model, outputs
 
 from adapters import AdapterConfig
 
-# Groups of methods that the library does not have yet; the change that adds a method takes its line away.
-PENDING = tuple(f"other/{method}" for method in ("prompt_tuning",))
-
 T5 = ("t5", "mt5", "t5_unbiased")
 
 # Fields that 1.x computes with and does not save (configs.md, D11 and E2); here they are saved.
@@ -26,11 +23,6 @@ COMPARED = [case for case in CASES if case.inputs and not case.group.startswith(
 WITH_PREFIX = [case for case in COMPARED if "prefix_tuning" in str(GROUPS[case.group].adapters)]
 SAVED = list(dict.fromkeys((case.architecture, case.group) for case in CASES if GROUPS[case.group].adapters))
 UNCHANGED = [(architecture, group) for architecture, group in SAVED if not group.startswith(RESCALED)]
-
-
-def skip_pending(group: str) -> None:
-    if group.startswith(PENDING):
-        pytest.skip("the method is not part of the library yet")
 
 
 @functools.lru_cache(maxsize=1)
@@ -47,7 +39,6 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, what: str, tolerance
 
 
 def check(case: Case, attention: str) -> None:
-    skip_pending(case.group)
     model = filled(case.architecture, case.group, attention)
     for name in case.inputs:
         found = outputs(model, GROUPS[case.group], case.setup, arguments(case.architecture, GROUPS[case.group], name))
@@ -86,7 +77,6 @@ def test_files_are_written_as_they_were(architecture: str, group: str, tmp_path:
 
     So what ``check_reverse.py`` saw of these files, that 1.3.0 reads them and computes the same, stays true.
     """
-    skip_pending(group)
     folders = saved(archive(architecture), GROUPS[group])
     if not folders:
         pytest.skip("1.3.0 cannot make this group")
@@ -143,7 +133,6 @@ def rotations(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("group", [group for group in GROUPS.values() if group.adapters], ids=lambda group: group.id)
 def test_config_strings_mean_the_same(group: Group) -> None:
     """The string that made the adapter gives the configuration that 1.3.0 saved."""
-    skip_pending(group.id)
     architecture = next(case.architecture for case in CASES if case.group == group.id and case.inputs)
     for (kind, name), folder in saved(archive(architecture), group).items():
         if kind == "adapters":
@@ -159,5 +148,5 @@ def test_what_is_left_out_has_a_reason() -> None:
 def test_1x_reads_what_this_library_writes() -> None:
     """The evidence of ``check_reverse.py``: every group of the goldens, read by 1.3.0, gives the golden outputs."""
     for architecture, group in SAVED:
-        if saved(archive(architecture), GROUPS[group]) and not group.startswith(PENDING):
+        if saved(archive(architecture), GROUPS[group]):
             assert evidence()[f"{architecture}/{group}"]["deviation"] <= 1e-5, f"{architecture}/{group}"

@@ -19,6 +19,7 @@ _DEFAULTS = {
     "init_weights": "bert",
     "scaling": 1.0,
     "random_uniform_scale": 0.5,
+    "placement": "auto",
     "subtract_projection": True,
 }
 """Left out when equal, so that a field which 1.x did not have does not change the hash of what it had."""

@@ -173,8 +173,3 @@ def activation(name: str) -> nn.Module:
 def label_ids(id2label: Mapping[Any, str] | None) -> dict[str, int] | None:
     """The inverse of ``id2label``, the only direction that a head stores."""
     return None if id2label is None else {label: int(index) for index, label in id2label.items()}
-
-
-def with_prompt(tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:
-    """Puts ``length`` columns of ``value`` in front, for a prompt's tokens: ``(b, s) -> (b, length + s)``."""
-    return nn.functional.pad(tensor, (length, 0), value=value) if length else tensor

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import ModelOutput
 
 from ..streams import Inverse
-from .base import IGNORED, PredictionHead, activation, hidden_size, with_prompt
+from .base import IGNORED, PredictionHead, activation, hidden_size
 
 
 class CausalLMHead(PredictionHead):
@@ -85,7 +85,6 @@ class CausalLMHead(PredictionHead):
         attention_mask: torch.Tensor | None = None,
         return_dict: bool = False,
         labels: torch.Tensor | None = None,
-        prompt_length: int = 0,
         invertible_adapter: Inverse | None = None,
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
@@ -96,12 +95,11 @@ class CausalLMHead(PredictionHead):
         if invertible_adapter is not None:
             hidden = invertible_adapter(hidden, rev=True)
         logits = self[-1](hidden)
-        loss = None if labels is None else self.loss(logits, labels, prompt_length)
+        loss = None if labels is None else self.loss(logits, labels)
         return self.result(self.output_kind(outputs), outputs, return_dict, loss=loss, logits=logits)
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor, prompt_length: int = 0) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy over the labelled tokens, in single precision."""
-        labels = with_prompt(labels, prompt_length, IGNORED)
         if self.config["shift_labels"]:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)

@@ -56,8 +56,7 @@ def _last_token(hidden: torch.Tensor, config: PreTrainedConfig, inputs: Mapping[
     tokens: torch.Tensor | None = inputs.get("input_ids")
     mask = inputs.get("attention_mask")
     if tokens is not None and config.pad_token_id is not None:
-        # A prompt in front makes the hidden states longer than the tokens.
-        return _last(tokens != config.pad_token_id) + (length - tokens.shape[1])
+        return _last(tokens != config.pad_token_id)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         mask = mask[:, -length:]  # with a cache the mask covers the past as well
         return _last(mask != 0) + (length - mask.shape[1])

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import ModelOutput
 
 from ..errors import ConfigError
-from .base import IGNORED, PredictionHead, label_ids, with_prompt
+from .base import IGNORED, PredictionHead, label_ids
 
 
 class TaggingHead(PredictionHead):
@@ -45,7 +45,6 @@ class TaggingHead(PredictionHead):
         attention_mask: torch.Tensor | None = None,
         return_dict: bool = False,
         labels: torch.Tensor | None = None,
-        prompt_length: int = 0,
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Logits and loss from the base model's output."""
@@ -54,7 +53,6 @@ class TaggingHead(PredictionHead):
         if labels is not None:
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask != 1, IGNORED)
-            labels = with_prompt(labels, prompt_length, IGNORED)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         return self.result(TokenClassifierOutput, outputs, return_dict, loss=loss, logits=logits)
 
@@ -93,14 +91,13 @@ class QuestionAnsweringHead(PredictionHead):
         return_dict: bool = False,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
-        prompt_length: int = 0,
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Start logits, end logits and loss from the base model's output."""
         start, end = self.run(outputs[0]).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            losses = [span_loss(start, start_positions + prompt_length), span_loss(end, end_positions + prompt_length)]
+            losses = [span_loss(start, start_positions), span_loss(end, end_positions)]
             loss = sum(losses) / 2
         encoder_decoder = isinstance(outputs, Seq2SeqModelOutput)
         kind = Seq2SeqQuestionAnsweringModelOutput if encoder_decoder else QuestionAnsweringModelOutput

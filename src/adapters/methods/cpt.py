@@ -83,7 +83,8 @@ class CPT(AdapterModule[PromptSignal]):
         self.target, self.length = site.target(config), len(ids)
         context = torch.zeros(len(ids), site.width) if weights_follow() else embedded(ids, config, site)
         self.register_buffer("embedding", context)
-        self.delta_embedding = nn.Embedding.from_pretrained(torch.zeros(len(ids), site.width), freeze=False)
+        self.delta_embedding = nn.Embedding(len(ids), site.width)
+        nn.init.zeros_(self.delta_embedding.weight)
         kinds = [kind % KINDS for kind in config.cpt_tokens_type_mask or [TEMPLATE_BEFORE] * len(ids)]
         unit = sqrt(site.width / 2048)
         radii = {FIXED: 0.0, INPUT: config.opt_projection_epsilon * unit}
@@ -107,4 +108,5 @@ class CPT(AdapterModule[PromptSignal]):
             if self.training:
                 delta.copy_(inside)
         moves = (self.radius > 0).to(delta.dtype)
-        return self.embedding + moves * (delta + (inside - delta).detach())
+        moved: Tensor = self.embedding + moves * (delta + (inside - delta).detach())
+        return moved

@@ -21,9 +21,9 @@ from .prompt_tuning import check_place, check_start, starting_prompt
 class MultitaskPromptTuningConfig(AdapterConfig):
     """A prompt for ``num_tasks`` tasks. Wang et al. 2023, arXiv:2303.02861.
 
-    Each task has a matrix of rank ``num_ranks``, by which the shared prompt is multiplied element by element. The forward
-    call says with ``task_ids`` (b,) which task each row is of; with one task it need not. The other fields are as in
-    ``PromptTuningConfig``.
+    Each task has a matrix of rank ``num_ranks``, by which the shared prompt is multiplied element by element. The
+    forward call says with ``task_ids`` (b,) which task each row is of; with one task it need not. The other fields are
+    as in ``PromptTuningConfig``.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -86,21 +86,21 @@ class MultitaskPromptTuning(AdapterModule[PromptSignal]):
 
     def prompt(self, signal: PromptSignal) -> Tensor:
         """(1, p, d) or (b, p, d) the prompt of each row."""
-        factors = self.prefix_task_cols, self.prefix_task_rows
+        columns: Tensor = self.prefix_task_cols
+        rows: Tensor = self.prefix_task_rows
         if self.tasks > 1:
-            tasks = self._task_ids(signal).to(factors[0].device)
-            factors = factors[0][tasks], factors[1][tasks]
-        return self.embedding.weight * torch.matmul(*factors)
+            tasks = self._task_ids(signal).to(columns.device)
+            columns, rows = columns[tasks], rows[tasks]
+        return self.embedding.weight * (columns @ rows)
 
     def _task_ids(self, signal: PromptSignal) -> Tensor:
         """(b,) the task of each row of the signal."""
         forward = current()
         tasks = None if forward is None else forward.task_ids
-        rows = len(signal) if signal.rows is None else None
         if tasks is not None and signal.rows is not None:
             tasks = tasks[signal.rows.to(tasks.device)]
-        elif tasks is not None and rows is not None and len(tasks) and rows % len(tasks) == 0:
-            tasks = tasks.repeat_interleave(rows // len(tasks))  # generate repeats each row in place for its beams
+        elif tasks is not None and len(tasks) and len(signal) % len(tasks) == 0:
+            tasks = tasks.repeat_interleave(len(signal) // len(tasks))  # generate repeats each row for its beams
         if tasks is None or len(tasks) != len(signal) or not 0 <= int(tasks.min()) <= int(tasks.max()) < self.tasks:
             given = None if tasks is None else tasks.tolist()
             raise AdapterError(

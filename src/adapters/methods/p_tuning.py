@@ -1,6 +1,7 @@
 """P-tuning: a prompt that a small network makes of learned embeddings."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class PTuning(AdapterModule[PromptSignal]):
             sizes = [2 * inner, 2 * inner, width]
         else:
             sizes = [width, inner, inner, width]
-        maps = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
+        maps = [nn.Linear(*pair) for pair in pairwise(sizes)]
         self.mlp_head = nn.Sequential(*[part for one in maps for part in (one, nn.ReLU())][:-1])
         self._kept = Derived()
 

@@ -127,7 +127,7 @@ def embedded(ids: Sequence[int], config: AdapterConfig, site: PromptSite) -> Ten
     size = module.weight.shape[0]
     if max(ids) >= size:
         raise AdapterError(
-            f"add_adapter({type(config).__name__}): token id {max(ids)} is outside of the model's vocabulary of {size}; "
+            f"add_adapter({type(config).__name__}): token id {max(ids)} is outside of the vocabulary of {size}; "
             f"give ids from 0 to {size - 1}."
         )
     with torch.no_grad():
