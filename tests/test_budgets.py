@@ -35,7 +35,7 @@ ORDER += [
     "methods",
 ]
 ORDER += ["configuration.resolve", "configuration.model_adapters_config"]
-ORDER += ["repetition", "sitemap", "summary", "averaging", "checkpoints", "loading", "model", "wrap", "heads"]
+ORDER += ["repetition", "sitemap", "summary", "sharing", "averaging", "checkpoints", "loading", "model", "wrap", "heads"]
 ORDER += ["auto", "training", "trainer", "cli"]
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 

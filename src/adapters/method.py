@@ -28,12 +28,14 @@ METHODS: dict[type[AdapterConfig], list[type[AdapterModule[Any]]]] = {}
 class AdapterModule(nn.Module, ABC, Generic[S]):
     """One adapter at one site.
 
+    common: the names of the parameters that adapters may have in common (``share_parameters``);
     container: the name under which such modules stand in a state dict (``<site>.<container>.<adapter>.…``);
     shared_container: the same for what the modules of one adapter share, at the base model;
     name, layer, location: whose module this is and where, set by the site that takes it in;
     transforms_input: at a linear map, ``transform_input`` says what the map is given in place of x.
     """
 
+    common: ClassVar[tuple[str, ...]] = ()
     container: ClassVar[str]
     name: str
     layer: int

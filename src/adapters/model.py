@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import averaging
+from . import averaging, sharing
 from .checkpoints import adapterhub, setups
 from .checkpoints import fusion as fusion_files
 from .checkpoints import heads as head_files
@@ -20,10 +20,12 @@ from .configuration.model_adapters_config import ModelAdaptersConfig
 from .configuration.registry import DEFAULT_ADAPTER_CONFIG
 from .context import current, keeping_context
 from .errors import AdapterError, ConfigError, UnknownAdapterError, listing
+from .methods import lora_data
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
 from .sitemap import SiteMap
 from .streams import EmbeddingSite
 from .summary import summary_rows, summary_table
+from .vocabulary import LookupSite, OutputSite
 
 if TYPE_CHECKING:
     # transformers' own add_adapter, load_adapter and so on have other signatures; ours take their place.
@@ -79,6 +81,25 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         """As in transformers; invertible adapters are undone before the new ones."""
         super().set_output_embeddings(new_embeddings)
         self.adapter_sites.follow(self._word_map())
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            AdapterError: an adapter sits at the embeddings or at the map onto words; its shape is that of now.
+        """
+        kinds = (LookupSite, OutputSite)
+        asked = args or any(value is not None for value in kwargs.values())
+        found = {name for site in self.adapter_sites.sites if type(site) in kinds for name in site.adapters}
+        if found and asked:
+            raise AdapterError(
+                f"resize_token_embeddings: the adapters {listing(sorted(found))} sit at the embeddings, and have their "
+                "shape; resize before they are added, or delete_adapter first."
+            )
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if not found:
+            self.adapter_sites.forget(*kinds)
+        return embeddings
 
     # --- adding and deleting ---------------------------------------------------------------------------------------
 
@@ -381,6 +402,26 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
             if embeddings is not None:
                 embeddings.requires_grad_(not freeze)
 
+    def initialize_lora(
+        self, adapter_name: str, batches: Iterable[Mapping[str, Any]], method: str | None = None
+    ) -> None:
+        """Start a LoRA from what the model does with some data, before it is trained.
+
+        Args:
+            adapter_name: a LoRA of this model; its matrices are set anew.
+            batches: inputs of the model as dicts, all of them used; with "lora_ga" they need labels.
+            method: "eva", the principal components of the inputs of each map, or "lora_ga", the gradient of the loss;
+                by default the configuration's ``init_weights``.
+
+        Raises:
+            AdapterError: there is no such LoRA, there are too few rows for its rank, or the method does not fit.
+
+        Example:
+            >>> model.add_adapter("sst-2", LoRAConfig(init_weights="eva"))
+            >>> model.initialize_lora("sst-2", itertools.islice(loader, 16))
+        """
+        lora_data.initialize_lora(self, adapter_name, batches, method)
+
     def get_fusion_regularization_loss(self) -> Tensor | None:
         """Sum of 0.01 ||I - V||^2 over fusion layers with `regularization` and a trained V; None without one."""
         losses = [loss for layer in self.adapter_sites.fusion_layers() if (loss := layer.regularisation()) is not None]
@@ -424,6 +465,24 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
     def reset_adapter(self) -> None:
         """Take the merged adapter, if there is one, out of the weights; they are what they were, bit for bit."""
         self.adapter_sites.reset()
+
+    def share_parameters(
+        self, adapter_names: Any, name: str | None = None, reference_adapter_name: str | None = None
+    ) -> None:
+        """Let MTL-LoRAs have their ``lora_A`` and ``lora_B`` in common, those of the reference (default: the first).
+
+        Args:
+            adapter_names: names, in a list, joined by commas or in a ``MultiTask`` block.
+            name: what the set is called; default: the names, joined by commas.
+
+        Raises:
+            AdapterError: a name is unknown, or the adapters do not fit; nothing was changed then.
+        """
+        sharing.share(self.adapter_sites, self.adapters_config, adapter_names, name, reference_adapter_name)
+
+    def unshare_parameters(self, name: str) -> None:
+        """Give each adapter of the set `name` its own copy of what it shared."""
+        sharing.unshare(self.adapter_sites, name)
 
     def average_adapter(
         self,

@@ -43,6 +43,7 @@ class SiteMap:
         self.sites: list[Site] = []
         self._read: set[type[Site]] = set()
         self._shared: dict[str, dict[str, nn.Module]] = {}
+        self.in_common: dict[str, tuple[str, ...]] = {}
         self.entrances: OrderedDict[int, Any] = OrderedDict()
         self.frozen = False
         self._merge: Merge | None = None
@@ -64,6 +65,14 @@ class SiteMap:
         self.anatomy = replace(self.anatomy, output=output)
         for site in self.sites:
             site.follow(output)
+
+    def forget(self, *kinds: type[Site]) -> None:
+        """Find the sites of these classes anew when they are next asked for; they must have no adapters."""
+        self.sites = [site for site in self.sites if type(site) not in kinds]
+        for index, site in enumerate(self.sites):
+            site.index = index
+        self._read -= set(kinds)
+        self._refresh()
 
     def _enter(self, site: Site) -> None:
         site.index, site.owner = len(self.sites), self
@@ -130,13 +139,13 @@ class SiteMap:
     def _add_member(self, name: str, config: AdapterConfig) -> None:
         left_out = config.get("leave_out") or ()
         self.check_layers(f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
+        self._check_asked(name, config)
         found = [self._add_method(name, config, method) for method in methods_of(config)]
         if not any(found):
             self._refuse(name, config)
 
     def _add_method(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> bool:
         """Build a method's modules; False if it wants none."""
-        self._check_asked(name, config, method)
         sites = [site for site in self.of(method.site_type) if method.wants(config, site)]
         taken = [site for site in sites if name in site.adapters]
         if taken:
@@ -153,6 +162,8 @@ class SiteMap:
                     f"one name, {method.shared_container}; add one of them as an adapter of its own and use Stack."
                 )
             self._put_shared(method.shared_container, name, shared, config.get("dtype") is not None)
+        else:  # what another class of the method made
+            shared = self._shared[name].get(method.shared_container)
         for site in sites:
             self._check_host(name, site)
             with seeded(config.get("init_weights_seed")):
@@ -161,10 +172,12 @@ class SiteMap:
             site.put(name, module)
         return bool(sites)
 
-    def _check_asked(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> None:
-        known = {site.location for site in self.of(method.site_type)}
+    def _check_asked(self, name: str, config: AdapterConfig) -> None:
+        methods = methods_of(config)
+        known = {site.location for method in methods for site in self.of(method.site_type)}
         without_meaning = set() if self.anatomy.crosses else {SublayerSite.locations["cross_attention"]}
-        missing = sorted(method.asks_for(config) - known - without_meaning) if known else []
+        asked = {location for method in methods for location in method.asks_for(config)}
+        missing = sorted(asked - known - without_meaning) if known else []
         if missing:
             raise AdapterError(
                 f"add_adapter({name!r}, {type(config).__name__}): {type(self.base_model).__name__} has no site for "
@@ -181,10 +194,7 @@ class SiteMap:
             )
 
     def _check_host(self, name: str, site: Site) -> None:
-        module: Any = self.base_model
-        for part in filter(None, site.host_path.split(".")):
-            module = module._modules.get(part) if module is not None else None
-        if module is not site.host:
+        if not site.is_current(self.base_model):
             raise AdapterError(
                 f"add_adapter({name!r}): the module at {site.host_path} is not the one that adapters.init saw; change "
                 "modules before adapters.init."

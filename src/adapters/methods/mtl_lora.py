@@ -86,6 +86,7 @@ class MTLLoRA(LowRankChange):
     """
 
     variant = "mtl_lora"
+    common = ("lora_A", "lora_B")
     config: MTLLoRAConfig
 
     def __init__(self, config: MTLLoRAConfig, site: LinearSite, shared: Any = None) -> None:
