@@ -11,7 +11,10 @@ import pytest
 TESTS = Path(__file__).parents[1]
 COMPOSITION, METHODS, API = (f"defects/test_{kind}_defects.py" for kind in ("composition", "method", "api"))
 CONFIGURATION, CONFIGURATION_ERRORS = "api/test_configuration.py", "errors/test_configuration_errors.py"
+PROMPTS, METHOD_LAWS = "methods/test_prompts.py", "laws/test_method_laws.py"
 CHECKPOINTS, GOLDENS = "api/test_checkpoints.py", "parity/test_goldens.py"
+
+FAMILY = "methods/test_lora_family.py"
 
 SHOWN = {
     "A1": f"{COMPOSITION}::test_a1_the_average_of_two_equal_adapters_is_one_of_them",
@@ -24,8 +27,20 @@ SHOWN = {
     "A9": f"{COMPOSITION}::test_a9_prefixes_of_different_lengths_share_a_batch",
     "A10": f"{COMPOSITION}::test_a10_fusing_loras_is_refused_before_any_forward",
     "A11": f"{COMPOSITION}::test_a11_a_batch_of_another_size_is_repeated_all_the_same",
+    "B1": f"{FAMILY}::test_merged_is_unmerged_and_reset_is_bit_for_bit",
+    "B2": f"{FAMILY}::test_merged_is_unmerged_and_reset_is_bit_for_bit",
+    "B3": f"{FAMILY}::test_each_map_follows_the_formula",
+    "B4": f"{FAMILY}::test_each_map_follows_the_formula",
+    "B5": f"{FAMILY}::test_the_projections_of_vera_are_held_once_and_not_trained",
+    "B6": f"{FAMILY}::test_either_start_value_makes_it_vera_and_scheme_lora_leaves_it_trainable",
     "B7": f"{COMPOSITION}::test_b7_whole_numbers_are_vera_start_values",
+    "B8": f"{FAMILY}::test_merged_is_unmerged_and_reset_is_bit_for_bit",
     "B9": f"{COMPOSITION}::test_b9_alpha_scales_a_gated_lora",
+    "B10": f"{FAMILY}::test_each_map_follows_the_formula",
+    "B11": f"{FAMILY}::test_merged_is_unmerged_and_reset_is_bit_for_bit",
+    "B12": f"{FAMILY}::test_each_map_follows_the_formula",
+    "B13": f"{FAMILY}::test_shared_parameters_are_one_until_they_are_unshared",
+    "B14": f"{FAMILY}::test_merged_is_unmerged_and_reset_is_bit_for_bit",
     "B15": f"{GOLDENS}::test_outputs",  # kept on purpose: 1.x's files of Llama and Mistral depend on it
     "B20": f"{COMPOSITION}::test_b20_the_output_projection_takes_a_lora",
     "C1": f"{METHODS}::test_c1_albert_keeps_the_layer_input_and_the_attention_output_apart",
@@ -36,7 +51,11 @@ SHOWN = {
     "C7": f"{METHODS}::test_c7_scaling_is_any_number",
     "C8": f"{METHODS}::test_c8_post_add_says_what_it_needs_and_does_without_a_norm",
     "C9": f"{METHODS}::test_c9_gates_do_not_look_at_padding",
+    "C10": "methods/test_compacter.py::test_c10_every_start_is_the_configured_one",
     "C11": f"{METHODS}::test_c11_norms_stand_once_in_the_state_dict",
+    "C12": "methods/test_invertible.py::test_glow_is_its_formula",
+    "C13": "methods/test_invertible.py::test_c13_whisper_has_it_on_the_embeddings_of_the_encoder",
+    "C14": "methods/test_invertible.py::test_static_heads_undo_it",
     "C15": f"{METHODS}::test_c15_the_temperature_falls_in_training_only_and_is_saved",
     "C16": f"{METHODS}::test_c16_a_fusion_dropout_of_0_is_0",
     "C17": f"{METHODS}::test_c17_the_residual_is_added_to_the_values_only",
@@ -57,7 +76,15 @@ SHOWN = {
     "E10": f"{API}::test_e10_the_second_positional_argument_need_not_be_a_mask",
     "F1": f"{CONFIGURATION_ERRORS}::test_unknown_field",
     "F2": f"{CONFIGURATION}::test_load_changes_fields_and_not_the_dictionary_of_the_caller",
+    "D10": f"{METHOD_LAWS}::test_a_saved_adapter_is_loaded_as_it_was",
+    "D11": f"{PROMPTS}::test_d11_a_seed_and_the_scale",
+    "D12": f"{PROMPTS}::test_d12_from_string",
+    "D13": f"{PROMPTS}::test_d13_d14_what_is_padded_has_no_effect",
+    "D14": f"{PROMPTS}::test_d13_d14_what_is_padded_has_no_effect",
+    "D15": f"{PROMPTS}::test_d15_attention_implementations_agree",
+    "D16": f"{PROMPTS}::test_d16_static_heads_read_the_tokens",
     "F3": f"{CONFIGURATION}::test_configs_with_one_hash_do_not_replace_each_other",
+    "F4": "methods/test_compacter.py::test_f4_a_base_model_saves_what_is_shared",
     "F5": f"{API}::test_f5_a_union_has_the_methods_of_a_config",
     "F6": f"{API}::test_f6_two_loras_of_a_union_may_share_the_layers",
     "F7": f"{API}::test_f7_a_seed_of_0_is_one_and_stays_inside",
@@ -69,9 +96,8 @@ SHOWN = {
     "F14": f"{API}::test_f14_adapter_plus_on_any_model",
 }
 LATER = {
-    "the methods that are not there yet": "A6 B3 B4 B5 B6 B10 B12 B13 B14 C10 C12 C13 C14 D10 D11 D12 D13 D14 D15 D16 "
-    "E2 E3 E4 E5 E6 E7 E8 E9 F4",
-    "merging, resetting, ejecting and averaging": "B1 B2 B8 B11 B17 B18 B19 B21 D6 F11",
+    "the methods that are not there yet": "A6 E2 E3 E4 E5 E6 E7 E8 E9",
+    "merging, resetting, ejecting and averaging": "B17 B18 B19 B21 D6 F11",
     "architectures with other fused projections": "B16 C3",
 }
 
