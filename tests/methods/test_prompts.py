@@ -1,5 +1,6 @@
 """Prompt tuning, P-tuning, CPT, multitask prompt tuning: formulas, PEFT's outputs, padding, heads, generation."""
 
+import copy
 import functools
 
 import pytest
@@ -118,7 +119,7 @@ def test_after_the_first_token(name):
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "albert", "llama", "t5"])
 @pytest.mark.parametrize("prompt", ["prompt", "after"])
-def test_what_is_padded_has_no_effect(name, prompt):
+def test_d13_d14_what_is_padded_has_no_effect(name, prompt):
     """D13, D14: on either side, with either attention."""
     for side in ("left", "right"):
         batch = inputs(name, side=side)
@@ -129,6 +130,16 @@ def test_what_is_padded_has_no_effect(name, prompt):
         if prompt == "after" and name != "t5":
             real = real & (real.cumsum(1) > 1)
         close(found[real], same[real])
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "llama", "t5"])
+@pytest.mark.parametrize("prompt", ["prompt", "after"])
+def test_d15_attention_implementations_agree(name, prompt):
+    batch, model = inputs(name, side="left"), copy.deepcopy(model_with(name))
+    sdpa = of_tokens(run(model, batch, prompt), batch)
+    model.set_attn_implementation("eager")
+    real = batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
+    close(of_tokens(run(model, batch, prompt), batch)[real], sdpa[real])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "t5", "gpt2"])
@@ -333,7 +344,7 @@ def test_each_row_generates_what_it_does_alone(name):
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "albert", "gpt2", "llama"])
 @pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_static_heads_read_the_tokens(name, auto):
+def test_d16_static_heads_read_the_tokens(name, auto):
     """Logits are those of the head on the tokens' states, as long as the labels; D16: the first token is one."""
     torch.manual_seed(0)
     model = auto.from_config(config(name)).eval()
@@ -389,7 +400,7 @@ def test_flexible_heads_read_the_tokens():
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
-def test_from_string(tmp_path):
+def test_d12_from_string(tmp_path):
     """D12: the tokenizer is the model's, or any that is named."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -433,7 +444,7 @@ def test_a_start_that_cannot_be_made_is_refused():
     assert not model.has_adapters()
 
 
-def test_a_seed_and_the_scale():
+def test_d11_a_seed_and_the_scale():
     model = adapted("gpt2")
     for name, scale in (("a", 0.5), ("b", 0.5), ("c", 0.01)):
         model.add_adapter(name, adapters.PromptTuningConfig(random_uniform_scale=scale, init_weights_seed=7))
@@ -441,4 +452,6 @@ def test_a_seed_and_the_scale():
     assert vectors(model, "a").abs().max() > 0.4
     assert vectors(model, "c").abs().max() <= 0.01
     assert model.adapter_summary(as_dict=True)[0]["#param"] == 160
-    assert not any(key.endswith("base_model_embeddings.weight") for key in model.state_dict())
+    own = [key for key in model.state_dict() if "prompt_tuning" in key]
+    assert own == [f"prompt_tuning.prompt_tunings.{name}.prompt_embedding.weight" for name in "abc"]
+    assert model.adapters_config.get("c").to_dict()["random_uniform_scale"] == 0.01
