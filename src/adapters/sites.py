@@ -130,6 +130,13 @@ class Site:
         """The same for a bias; None if there is none."""
         return None
 
+    def is_current(self, base_model: Any) -> bool:
+        """Whether the host is still where it was found."""
+        module = base_model
+        for part in filter(None, self.host_path.split(".")):
+            module = module._modules.get(part) if module is not None else None
+        return module is self.host
+
     @property
     def reference(self) -> Tensor:
         """A tensor whose device new parameters take, and whose dtype too where it is a floating one."""

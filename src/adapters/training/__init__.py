@@ -2,6 +2,7 @@
 
 from .arguments import AdapterArguments, setup_adapter_training
 from .legacy_arguments import AdapterTrainingArguments, Seq2SeqAdapterTrainingArguments
+from .loraplus import loraplus_groups
 from .trainer import AdapterTrainer, AdapterTrainerCallback, Seq2SeqAdapterTrainer
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "AdapterTrainingArguments",
     "Seq2SeqAdapterTrainer",
     "Seq2SeqAdapterTrainingArguments",
+    "loraplus_groups",
     "setup_adapter_training",
 ]

@@ -71,6 +71,10 @@ class AdapterTrainingArguments(TrainingArguments):
         ```
     """
 
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={"help": "LoRA+: the learning rate of LoRA's matrices B over that of the rest, 16 or so."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train from the start even if output_dir has content or checkpoints."}
     )

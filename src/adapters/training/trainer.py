@@ -25,8 +25,11 @@ from transformers.trainer_utils import TrainOutput
 from ..errors import AdapterError, CheckpointError, listing
 from ..heads.dispatch import HeadPlan
 from ..heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
+from ..methods.adalora import orthogonality_loss, update_and_allocate
 from ..model import ModelAdaptersMixin
 from .checkpoint import fused, load_trained, save_trained
+from .legacy_arguments import AdapterTrainingArguments
+from .loraplus import loraplus_groups
 from .resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -149,11 +152,24 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         """The model's loss; in training with the regularisation of the fusions that are trained."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and self.train_adapter_fusion:
-            penalty = self._adapted.get_fusion_regularization_loss()
-            if penalty is not None:
-                loss = loss + penalty / self._steps_per_scaled_loss(num_items_in_batch)
+        if model.training:
+            fusion = self._adapted.get_fusion_regularization_loss() if self.train_adapter_fusion else None
+            for penalty in (fusion, orthogonality_loss(self._adapted)):
+                if penalty is not None:
+                    loss = loss + penalty / self._steps_per_scaled_loss(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer; with ``loraplus_lr_ratio`` the matrices B of LoRAs learn that much faster (LoRA+)."""
+        ratio = self.args.loraplus_lr_ratio if isinstance(self.args, AdapterTrainingArguments) else None
+        if ratio is not None and self.optimizer is None:
+            trained = cast(nn.Module, self.model) if model is None else model
+            decaying = set(self.get_decay_parameter_names(trained))
+            arguments = self.args.learning_rate, ratio, self.args.weight_decay, decaying
+            own = cast(PreTrainedModel, self.model)
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, own)
+            self.optimizer_cls_and_kwargs = kind, {**options, "params": loraplus_groups(trained, *arguments)}
+        return super().create_optimizer(model)
 
     def _steps_per_scaled_loss(self, num_items_in_batch: torch.Tensor | int | None) -> int:
         """By how much Trainer would still divide a mean, but will not because it takes the loss for scaled already."""
@@ -210,7 +226,7 @@ class Seq2SeqAdapterTrainer(AdapterTrainer, Seq2SeqTrainer):
 
 
 class AdapterTrainerCallback(TrainerCallback):
-    """Stops a training that would change the base model. An `AdapterTrainer` brings it along.
+    """Stops a training that would change the base model, shares out AdaLoRA's ranks. An `AdapterTrainer` has it.
 
     Raises:
         AdapterError: When training begins, that the base model is not frozen.
@@ -228,3 +244,9 @@ class AdapterTrainerCallback(TrainerCallback):
                 "train(): The pre-trained model weights are not frozen; they must be to train adapters. "
                 "Call train_adapter() or train_adapter_fusion() first, or use transformers' Trainer."
             )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Shares the ranks of AdaLoRA adapters out anew."""
+        update_and_allocate(self.trainer._adapted, state.global_step + 1, state.max_steps)
