@@ -211,6 +211,8 @@ def _inputs(model: nn.Module, device: torch.device, cross: bool) -> dict[str, An
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         inputs[name] = torch.zeros(1, config.num_channels, height, width, device=device)
+    elif name == "input_features" and hasattr(config, "num_mel_bins"):
+        inputs[name] = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions, device=device)
     else:
         inputs[name] = torch.ones(1, 4, dtype=torch.long, device=device)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
