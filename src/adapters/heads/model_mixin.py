@@ -386,7 +386,4 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
 
 def _of_all_channels(forward: Forward | None, channels: int) -> Forward | None:
     """The pass as the base model saw it, whose rows were repeated for Parallel."""
-    if forward is None or channels == 1 or forward.repeated:
-        return forward
-    tasks = forward.task_ids
-    return replace(forward, task_ids=None if tasks is None else tasks.repeat(channels), repeated=True)
+    return forward if forward is None or channels == 1 else replace(forward, repeated=True)
