@@ -27,7 +27,7 @@ def state(model):
         lambda model: model.add_adapter("new", "seq_bn[phm_layer=True]"),
         lambda model: model.add_adapter("new", f"{SEQ}|{SEQ}"),
         lambda model: model.add_adapter("new.er", SEQ),
-        lambda model: model.add_adapter("a", "seq_bn_inv", overwrite_ok=True),
+        lambda model: model.add_adapter("a", "compacter[phm_dim=3]", overwrite_ok=True),
         lambda model: model.add_adapter("new", LoRAConfig(leave_out=[0, 1])),
         lambda model: model.set_active_adapters("missing"),
         lambda model: model.train_adapter(Fuse("a", "b")),
