@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,8 @@ def load_adapter(
         warnings.warn(f"{asked}: config and model_name have no effect; leave them out.", FutureWarning, stacklevel=3)
     folder = hub.resolve(asked, os.fspath(adapter_name_or_path), version, **download_arguments)
     adapter = read_adapter(folder, load_as, leave_out, use_safetensors)
+    present = model.adapters_config.get(adapter.name)
+    adapter = replace(adapter, config=legacy.completed(adapter.config, adapter.file, present))
     if num_labels is not None:
         id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
     head = heads.beside_adapter(model, folder, adapter.name, load_as, id2label, use_safetensors) if with_head else None

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
+from ..methods.reft import orthonormal
 from ..sites import Site
 
 PARTS = ("q", "k", "v")
@@ -104,3 +106,35 @@ def with_aliases(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     norm, alias = "adapter_down.0.", "adapter_norm_before."
     again = {name.replace(norm, alias, 1): value for name, value in parameters.items() if name.startswith(norm)}
     return {**parameters, **again}
+
+
+ORTHONORMAL = ".projection.original"
+"""How the key of a LoReFT's rotation ends."""
+FACTORS = (".projection.parametrizations.weight.original", ".projection.parametrizations.weight.0.base")
+"""1.x keeps it as two matrices: see ``rotation_factors``."""
+
+
+def written(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, with rotations as 1.x keeps them."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        if key.endswith(ORTHONORMAL):
+            stem = key.removesuffix(ORTHONORMAL)
+            found |= zip((stem + end for end in FACTORS), rotation_factors(orthonormal(tensor)), strict=True)
+        else:
+            found[key] = tensor
+    return found
+
+
+def rotation_factors(rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """1.x's ``original`` and ``base`` for R (r, d): it makes of ``original`` a product of Householder reflections Q.
+
+    R = (base Q)ᵀ, and with ``original`` = -I Q is the first r columns of I, so that base (d, d) starts with Rᵀ. A
+    square R is base exp(original - originalᵀ).
+    """
+    rank, width = rotation.shape
+    if rank == width:
+        return torch.zeros_like(rotation), rotation
+    complete = torch.linalg.qr(rotation.double().T, mode="complete").Q.to(rotation.dtype)
+    base = torch.cat([rotation.T, complete[:, rank:]], 1)
+    return -torch.eye(rank, width, dtype=rotation.dtype), base

@@ -21,9 +21,11 @@ FUSION_CONTAINER = "adapter_fusion_layer"
 CONTAINERS = "|".join(
     (
         "adapters",
+        "bias_adapters",
         "invertible_adapters",
         "linear_adapters",
         "loras",
+        "norm_adapters",
         "prefix_gates",
         "prefix_tunings",
         "prompt_tunings",
@@ -85,10 +87,11 @@ def renamed(tensors: Mapping[str, T], old: str, new: str) -> dict[str, T]:
 @torch.no_grad()
 def gathered(slots: Slots, prefix: str) -> Weights:
     """Copies of the tensors on CPU, each with memory of its own, by file key."""
-    return {
+    copies = {
         prefix + key: torch.cat([part.detach().cpu() for part in parts]) if len(parts) > 1 else copied(parts[0])
         for key, parts in slots.items()
     }
+    return names.written(copies)
 
 
 def copied(tensor: Tensor) -> Tensor:
