@@ -95,9 +95,11 @@ FIELDS = {
     PromptTuningConfig: "architecture prompt_length prompt_init prompt_init_text combine init_weights_seed "
     "random_uniform_scale placement tokenizer_name_or_path",
     LoRAConfig: "architecture selfattn_lora intermediate_lora output_lora leave_out r alpha dropout attn_matrices "
-    "composition_mode init_weights init_weights_seed use_gating use_dora vera_d vera_b dtype",
+    "composition_mode init_weights init_weights_seed use_gating use_dora vera_d vera_b dtype "
+    "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy",
     MTLLoRAConfig: "architecture selfattn_lora intermediate_lora output_lora leave_out r alpha dropout attn_matrices "
-    "composition_mode init_weights init_weights_seed use_gating use_dora vera_d vera_b dtype n_up_projection "
+    "composition_mode init_weights init_weights_seed use_gating use_dora vera_d vera_b dtype "
+    "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy n_up_projection "
     "task_specific_matrix_type weights_sharpness",
     ReftConfig: "layers prefix_positions suffix_positions r orthogonality tied_weights dropout non_linearity dtype "
     "architecture output_reft init_weights_seed subtract_projection",
