@@ -20,10 +20,11 @@ from .configuration.model_adapters_config import ModelAdaptersConfig
 from .configuration.registry import DEFAULT_ADAPTER_CONFIG
 from .context import current, keeping_context
 from .errors import AdapterError, ConfigError, UnknownAdapterError, listing
+from .invertible import InvertibleAdaptersMixin
 from .methods import lora_data
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
+from .placement import check_layers
 from .sitemap import SiteMap
-from .streams import EmbeddingSite
 from .summary import summary_rows, summary_table
 from .vocabulary import LookupSite, OutputSite
 
@@ -36,7 +37,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class ModelAdaptersMixin(Base):  # type: ignore[misc]
+class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
     """A transformers model with adapters; ``adapters.init`` makes one of any model.
 
     Attributes:
@@ -44,8 +45,6 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         adapter_sites: the places where adapters sit, shared with its base model.
     """
 
-    adapters_config: ModelAdaptersConfig
-    adapter_sites: SiteMap
     repeats_inputs: bool = True
 
     def init_adapters(self, adapters_config: ModelAdaptersConfig | None = None) -> None:
@@ -215,50 +214,6 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         self.adapters_config.remove_fusion(fuse.name)
         self.adapter_sites.remove_fusion(fuse.name)
 
-    # --- invertible adapters ---------------------------------------------------------------------------------------
-
-    def add_invertible_adapter(self, adapter_name: str) -> bool:
-        """Make the invertible part that an adapter's configuration asks for; False if it asks for none or has it.
-
-        ``add_adapter`` does so itself.
-        """
-        return self.adapter_sites.add_part(adapter_name, self.adapters_config.members(adapter_name), EmbeddingSite)
-
-    def delete_invertible_adapter(self, adapter_name: str) -> None:
-        """Remove the invertible part of an adapter; the rest of it stays."""
-        self.adapter_sites.remove_part(adapter_name, EmbeddingSite)
-
-    def get_invertible_adapter(self) -> nn.Module | None:
-        """The first invertible adapter of the setup in force, or None.
-
-        Example:
-            >>> model.get_invertible_adapter()
-        """
-        for site in self._embedding_sites():
-            plan = site.plan()
-            names = plan.leaves() if isinstance(plan, Block) else [plan]
-            return next((site.adapters[name] for name in names if name in site.adapters), None)
-        return None
-
-    def enable_invertible_adapters(self, adapter_names: Iterable[str]) -> None:
-        """Train the invertible parts of these adapters."""
-        for site in self._embedding_sites():
-            for name in set(adapter_names) & set(site.adapters):
-                site.adapters[name].requires_grad_(True)
-
-    def invertible_adapters_forward(self, hidden_states: Tensor, rev: bool = False) -> Tensor:
-        """What the setup in force makes of embeddings (b, s, e) or, with `rev`, what it has made these of.
-
-        Example:
-            >>> model.invertible_adapters_forward(model.invertible_adapters_forward(hidden), rev=True)  # hidden again
-        """
-        for site in self._embedding_sites():
-            hidden_states = site.back(hidden_states) if rev else site.there(hidden_states)
-        return hidden_states
-
-    def _embedding_sites(self) -> list[EmbeddingSite]:
-        return self.adapter_sites.of(EmbeddingSite)
-
     # --- activating ------------------------------------------------------------------------------------------------
 
     @property
@@ -286,7 +241,7 @@ class ModelAdaptersMixin(Base):  # type: ignore[misc]
         """
         setup = parse_composition(adapter_setup, model_type=self.config.model_type)
         self._check_names("set_active_adapters", setup)
-        self.adapter_sites.check_layers(f"set_active_adapters(skip_layers={skip_layers})", skip_layers or ())
+        check_layers(self.adapter_sites.anatomy, f"set_active_adapters(skip_layers={skip_layers})", skip_layers or ())
         self.adapter_sites.reset()
         self.adapter_sites.activate(setup, skip_layers)
         self.adapters_config.active_setup = setup

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from . import methods as methods  # fills the table of methods
 from .composition import Block, Fuse, Setup
 from .configuration.base import AdapterConfig
-from .containers import child, child_dict, remove_child
 from .context import AdapterSetup, state
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
 from .merging import Merge
-from .method import AdapterModule, methods_of, seeded
+from .method import AdapterModule, methods_of
 from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
+from .placement import drop_shared, like, place, place_method
 from .repetition import SharedBlocks
 from .sites import Site
 from .sublayers import SublayerSite
@@ -42,7 +41,7 @@ class SiteMap:
         self.anatomy = Anatomy(base_model, read_blocks(base_model), output)
         self.sites: list[Site] = []
         self._read: set[type[Site]] = set()
-        self._shared: dict[str, dict[str, nn.Module]] = {}
+        self.shared_modules: dict[str, dict[str, nn.Module]] = {}
         self.in_common: dict[str, tuple[str, ...]] = {}
         self.entrances: OrderedDict[int, Any] = OrderedDict()
         self.frozen = False
@@ -95,7 +94,7 @@ class SiteMap:
 
     def __contains__(self, name: object) -> bool:
         """Whether an adapter of that name has modules here."""
-        return name in self._shared
+        return name in self.shared_modules
 
     def holding(self, name: str) -> list[tuple[Site, AdapterModule[Any]]]:
         """The modules of an adapter, each with its site."""
@@ -103,7 +102,7 @@ class SiteMap:
 
     def shared(self, name: str) -> dict[str, nn.Module]:
         """What the modules of an adapter share, by its path relative to the base model."""
-        return {f"{container}.{name}": module for container, module in self._shared.get(name, {}).items()}
+        return {f"{container}.{name}": module for container, module in self.shared_modules.get(name, {}).items()}
 
     def add(self, name: str, members: Iterable[AdapterConfig]) -> None:
         """Build an adapter's modules at every site that its configurations want; nothing stays if one fails.
@@ -111,10 +110,10 @@ class SiteMap:
         Raises:
             AdapterError: the model has no site that fits, or two members of a union want the same one.
         """
-        self._shared[name] = {}
+        self.shared_modules[name] = {}
         try:
             for config in members:
-                self._add_member(name, config)
+                place(self, name, config)
         except BaseException:
             self.remove(name)
             raise
@@ -125,7 +124,7 @@ class SiteMap:
         if any(type(site) is kind for site, _ in self.holding(name)):
             return False
         methods = [(config, method) for config in members for method in methods_of(config) if method.site_type is kind]
-        found = [self._add_method(name, config, method) for config, method in methods]
+        found = [place_method(self, name, config, method) for config, method in methods]
         self._refresh()
         return any(found)
 
@@ -136,102 +135,14 @@ class SiteMap:
                 site.drop(name)
         self._refresh()
 
-    def _add_member(self, name: str, config: AdapterConfig) -> None:
-        left_out = config.get("leave_out") or ()
-        self.check_layers(f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
-        self._check_asked(name, config)
-        found = [self._add_method(name, config, method) for method in methods_of(config)]
-        if not any(found):
-            self._refuse(name, config)
-
-    def _add_method(self, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> bool:
-        """Build a method's modules; False if it wants none."""
-        sites = [site for site in self.of(method.site_type) if method.wants(config, site)]
-        taken = [site for site in sites if name in site.adapters]
-        if taken:
-            raise AdapterError(
-                f"add_adapter({name!r}): Multiple adapter definitions conflict: two members of the union want a "
-                f"module at {taken[0].path}; give them different locations or leave_out."
-            )
-        with seeded(config.get("init_weights_seed")):
-            shared = method.share(config, sites) if sites else None
-        if shared is not None:
-            if method.shared_container in self._shared[name]:
-                raise AdapterError(
-                    f"add_adapter({name!r}): two members of the union have something that their modules share, under "
-                    f"one name, {method.shared_container}; add one of them as an adapter of its own and use Stack."
-                )
-            self._put_shared(method.shared_container, name, shared, config.get("dtype") is not None)
-        else:  # what another class of the method made
-            shared = self._shared[name].get(method.shared_container)
-        for site in sites:
-            self._check_host(name, site)
-            with seeded(config.get("init_weights_seed")):
-                module = method(config, site, shared)
-            _like(site, module, keep_dtype=config.get("dtype") is not None)
-            site.put(name, module)
-        return bool(sites)
-
-    def _check_asked(self, name: str, config: AdapterConfig) -> None:
-        methods = methods_of(config)
-        known = {site.location for method in methods for site in self.of(method.site_type)}
-        without_meaning = set() if self.anatomy.crosses else {SublayerSite.locations["cross_attention"]}
-        asked = {location for method in methods for location in method.asks_for(config)}
-        missing = sorted(asked - known - without_meaning) if known else []
-        if missing:
-            raise AdapterError(
-                f"add_adapter({name!r}, {type(config).__name__}): {type(self.base_model).__name__} has no site for "
-                f"{listing(missing)}; found were {listing(sorted(known))}. Switch the others off in the configuration."
-            )
-
-    def check_layers(self, asked: str, layers: Iterable[int]) -> None:
-        """Refuse numbers that no layer of the model has; layers that share their weights have one number each."""
-        count = max(len(self.anatomy.blocks), getattr(self.base_model.config, "num_hidden_layers", 0))
-        unknown = sorted(layer for layer in layers if not 0 <= layer < count)
-        if unknown and self.anatomy.blocks:
-            raise AdapterError(
-                f"{asked}: {type(self.base_model).__name__} has no layer {unknown[0]}; its layers are 0 to {count - 1}."
-            )
-
-    def _check_host(self, name: str, site: Site) -> None:
-        if not site.is_current(self.base_model):
-            raise AdapterError(
-                f"add_adapter({name!r}): the module at {site.host_path} is not the one that adapters.init saw; change "
-                "modules before adapters.init."
-            )
-
-    def _refuse(self, name: str, config: AdapterConfig) -> None:
-        kinds = {method.site_type for method in methods_of(config)}
-        known = sorted({site.location for kind in kinds for site in self.of(kind)})
-        if not known:
-            raise AdapterError(
-                f"add_adapter({name!r}, {type(config).__name__}): this version cannot read where the method sits in "
-                f"{type(self.base_model).__name__}; models are read whose attention has separate q, k and v "
-                "projections, or GPT-2's fused one."
-            )
-        raise AdapterError(
-            f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(self.base_model).__name__}; "
-            f"this model has the locations {listing(known)} for the method. Switch one of them on in the "
-            "configuration, or check leave_out."
-        )
-
-    def _put_shared(self, container: str, name: str, module: nn.Module, keep_dtype: bool) -> None:
-        module.to(**_factory(next(self.base_model.parameters()), keep_dtype)).train(self.base_model.training)
-        parent = self.base_model
-        *above, last = container.split(".")
-        for part in above:
-            parent = child(parent, part)
-        child_dict(parent, last)[name] = module
-        self._shared[name][container] = module
-
     def remove(self, name: str) -> None:
         """Remove all modules of an adapter; one that is merged is taken out of the weights first."""
         if self.merged == name:
             self.reset()
         for site, _ in self.holding(name):
             site.drop(name)
-        for container in self._shared.pop(name, {}):
-            self._drop_shared(container, name)
+        for container in self.shared_modules.pop(name, {}):
+            drop_shared(self.base_model, container, name)
         self._refresh()
 
     @property
@@ -273,14 +184,6 @@ class SiteMap:
             if name is not None:
                 self.merge(name)
 
-    def _drop_shared(self, container: str, name: str) -> None:
-        parts = container.split(".")
-        modules = self.base_model.get_submodule(container)
-        del modules[name]
-        for depth in range(len(parts), 0, -1):
-            parent = self.base_model.get_submodule(".".join(parts[: depth - 1])) if depth > 1 else self.base_model
-            remove_child(parent, parts[depth - 1])
-
     def add_fusion(self, fuse: Fuse, config: AdapterFusionConfig) -> None:
         """Build the fusion layers of `fuse` at every sub-layer where its adapters sit.
 
@@ -303,7 +206,7 @@ class SiteMap:
         dropout = getattr(self.base_model.config, "attention_probs_dropout_prob", 0.0) or 0.0
         for site in places:
             fusion = Fusion(config, site.width, dropout)
-            _like(site, fusion, keep_dtype=False)
+            like(site, fusion, keep_dtype=False)
             fusion.name, fusion.layer, fusion.location = fuse.name, site.layer, site.location
             site.put_fusion(fuse.name, fusion)
 
@@ -344,19 +247,18 @@ class SiteMap:
 
     def lowest_layer(self, plans: tuple[Setup, ...]) -> int:
         """The lowest layer in which one of the plans acts; 0 if one acts before all layers."""
-        return max(
-            0, min((site.layer for site, plan in zip(self.sites, plans, strict=True) if plan is not None), default=0)
-        )
+        acting = [site.layer for site, plan in zip(self.sites, plans, strict=True) if plan is not None]
+        return max(0, min(acting)) if acting else 0
 
     def _refresh(self) -> None:
         self._plans = {}
-        self._shared_blocks.attach(len(self._shared) > 1)
+        self._shared_blocks.attach(len(self.shared_modules) > 1)
         self.activate(self.active, self.skip_layers)
 
     def by_layer(self, name: str) -> dict[int, dict[str, nn.Module]]:
         """The modules of an adapter by layer and location, as ``get_adapter`` gives them."""
         found: dict[int, dict[str, list[nn.Module]]] = {}
-        groups = dict(self._shared.get(name, {}))
+        groups = dict(self.shared_modules.get(name, {}))
         prefixes = groups.pop(Prefix.shared_container, None)
         kinds: dict[str, nn.Module] = dict(prefixes.named_children()) if prefixes is not None else {}
         for site, module in self.holding(name):
@@ -393,11 +295,11 @@ class SiteMap:
         if context is None:
             return self.active, self.active_plans
         setup: Block | None = context.adapter_setup
-        missing = (setup.flatten() if setup else set()) - set(self._shared)
+        missing = (setup.flatten() if setup else set()) - set(self.shared_modules)
         if missing:
             raise UnknownAdapterError(
                 f"AdapterSetup({setup}): this model has no adapter named {listing(sorted(missing))}; "
-                f"it has {listing(self._shared)}. Add it with add_adapter or load_adapter."
+                f"it has {listing(self.shared_modules)}. Add it with add_adapter or load_adapter."
             )
         return setup, self.plans(setup, self.skip_layers)
 
@@ -427,19 +329,3 @@ def _check_fusions(site: Site, plan: Setup) -> None:
             )
     for part in plan.children:
         _check_fusions(site, part)
-
-
-def _factory(reference: torch.Tensor, keep_dtype: bool) -> Mapping[str, Any]:
-    dtype = {"dtype": reference.dtype} if reference.dtype.is_floating_point and not keep_dtype else {}
-    return {"device": reference.device, **dtype}
-
-
-def _like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
-    """Give a new module the device, dtype and mode of its host; moving is slow, so it is done only where it is due."""
-    factory = _factory(site.reference, keep_dtype)
-    for tensor in chain(module.parameters(), module.buffers()):
-        if tensor.device != factory["device"] or tensor.dtype != factory.get("dtype", tensor.dtype):
-            module.to(**factory)
-            break
-    if not site.host.training:
-        module.eval()

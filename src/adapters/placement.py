@@ -1,0 +1,147 @@
+"""Building an adapter's modules where its configuration wants them, with a message where that is not possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .configuration.base import AdapterConfig
+from .containers import child, child_dict, remove_child
+from .errors import AdapterError, listing
+from .method import AdapterModule, methods_of, seeded
+from .sites import Site
+from .sublayers import SublayerSite
+from .topology import Anatomy
+
+if TYPE_CHECKING:
+    from .sitemap import SiteMap
+
+
+def place(sites: SiteMap, name: str, config: AdapterConfig) -> None:
+    """Build the modules of an adapter at every site that `config` wants.
+
+    Raises:
+        AdapterError: there is none, or one is taken.
+    """
+    left_out = config.get("leave_out") or ()
+    check_layers(sites.anatomy, f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
+    _check_asked(sites, name, config)
+    found = [place_method(sites, name, config, method) for method in methods_of(config)]
+    if not any(found):
+        _refuse(sites, name, config)
+
+
+def place_method(sites: SiteMap, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> bool:
+    """Build a method's modules; False if it wants none."""
+    places = [site for site in sites.of(method.site_type) if method.wants(config, site)]
+    taken = [site for site in places if name in site.adapters]
+    if taken:
+        raise AdapterError(
+            f"add_adapter({name!r}): Multiple adapter definitions conflict: two members of the union want a "
+            f"module at {taken[0].path}; give them different locations or leave_out."
+        )
+    with seeded(config.get("init_weights_seed")):
+        shared = method.share(config, places) if places else None
+    if shared is not None:
+        if method.shared_container in sites.shared_modules[name]:
+            raise AdapterError(
+                f"add_adapter({name!r}): two members of the union have something that their modules share, under "
+                f"one name, {method.shared_container}; add one of them as an adapter of its own and use Stack."
+            )
+        _put_shared(sites, method.shared_container, name, shared, config.get("dtype") is not None)
+    else:  # what another class of the method made
+        shared = sites.shared_modules[name].get(method.shared_container)
+    for site in places:
+        _check_host(sites.base_model, name, site)
+        with seeded(config.get("init_weights_seed")):
+            module = method(config, site, shared)
+        like(site, module, keep_dtype=config.get("dtype") is not None)
+        site.put(name, module)
+    return bool(places)
+
+
+def _check_asked(sites: SiteMap, name: str, config: AdapterConfig) -> None:
+    methods = methods_of(config)
+    known = {site.location for method in methods for site in sites.of(method.site_type)}
+    without_meaning = set() if sites.anatomy.crosses else {SublayerSite.locations["cross_attention"]}
+    asked = {location for method in methods for location in method.asks_for(config)}
+    missing = sorted(asked - known - without_meaning) if known else []
+    if missing:
+        raise AdapterError(
+            f"add_adapter({name!r}, {type(config).__name__}): {type(sites.base_model).__name__} has no site for "
+            f"{listing(missing)}; found were {listing(sorted(known))}. Switch the others off in the configuration."
+        )
+
+
+def check_layers(anatomy: Anatomy, asked: str, layers: Iterable[int]) -> None:
+    """Refuse numbers that no layer of the model has; layers that share their weights have one number each."""
+    count = max(len(anatomy.blocks), getattr(anatomy.base_model.config, "num_hidden_layers", 0))
+    unknown = sorted(layer for layer in layers if not 0 <= layer < count)
+    if unknown and anatomy.blocks:
+        raise AdapterError(
+            f"{asked}: {type(anatomy.base_model).__name__} has no layer {unknown[0]}; its layers are 0 to {count - 1}."
+        )
+
+
+def _check_host(base_model: nn.Module, name: str, site: Site) -> None:
+    if not site.is_current(base_model):
+        raise AdapterError(
+            f"add_adapter({name!r}): the module at {site.host_path} is not the one that adapters.init saw; change "
+            "modules before adapters.init."
+        )
+
+
+def _refuse(sites: SiteMap, name: str, config: AdapterConfig) -> None:
+    kinds = {method.site_type for method in methods_of(config)}
+    known = sorted({site.location for kind in kinds for site in sites.of(kind)})
+    if not known:
+        raise AdapterError(
+            f"add_adapter({name!r}, {type(config).__name__}): this version cannot read where the method sits in "
+            f"{type(sites.base_model).__name__}; models are read whose attention has separate q, k and v "
+            "projections, or GPT-2's fused one."
+        )
+    raise AdapterError(
+        f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(sites.base_model).__name__}; "
+        f"this model has the locations {listing(known)} for the method. Switch one of them on in the "
+        "configuration, or check leave_out."
+    )
+
+
+def _put_shared(sites: SiteMap, container: str, name: str, module: nn.Module, keep_dtype: bool) -> None:
+    module.to(**_factory(next(sites.base_model.parameters()), keep_dtype)).train(sites.base_model.training)
+    parent = sites.base_model
+    *above, last = container.split(".")
+    for part in above:
+        parent = child(parent, part)
+    child_dict(parent, last)[name] = module
+    sites.shared_modules[name][container] = module
+
+
+def drop_shared(base_model: nn.Module, container: str, name: str) -> None:
+    """Remove what the modules of an adapter share, and the containers that are empty then."""
+    parts = container.split(".")
+    modules: Any = base_model.get_submodule(container)
+    del modules[name]
+    for depth in range(len(parts), 0, -1):
+        parent = base_model.get_submodule(".".join(parts[: depth - 1])) if depth > 1 else base_model
+        remove_child(parent, parts[depth - 1])
+
+
+def _factory(reference: torch.Tensor, keep_dtype: bool) -> Mapping[str, Any]:
+    dtype = {"dtype": reference.dtype} if reference.dtype.is_floating_point and not keep_dtype else {}
+    return {"device": reference.device, **dtype}
+
+
+def like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
+    """Give a new module the device, dtype and mode of its host; moving is slow, so it is done only where it is due."""
+    factory = _factory(site.reference, keep_dtype)
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.device != factory["device"] or tensor.dtype != factory.get("dtype", tensor.dtype):
+            module.to(**factory)
+            break
+    if not site.host.training:
+        module.eval()
