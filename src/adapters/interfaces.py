@@ -8,3 +8,6 @@ Kept since 1.x's checkpoints of these two families pair the flags and the weight
 
 PREFIX_LOCATIONS: dict[str, str] = {"distilbert": "self"}
 """Model types whose prefixes stand under another name than ``self_prefix`` in 1.x's checkpoints and ``get_adapter``."""
+
+POSITIONS_FROM_MASK: frozenset[str] = frozenset({"opt", "biogpt"})
+"""Model types that count positions over the real tokens of the mask where they are given none; others count all."""

@@ -106,7 +106,7 @@ class Layout:
 
     prompt, seen: (b, p, d) and (b, p) as in the signal, the padding of each row on the left;
     start: (b or 1, 1) the number of positions in front of the prompt, None: 0; at_end: padding stands behind the
-    input, so that positions count right by themselves; else in front of the prompt, so that the input may grow.
+    input, so that positions count right by themselves; else in front of all, so that the input may grow.
     """
 
     target: Target
@@ -151,23 +151,28 @@ class Layout:
 
     def _sources(self, tokens: int) -> Tensor:
         """(b or 1, p + s) for each position of the whole where it is in [prompt; tokens]."""
-        length = self.length
-        place = torch.arange(length + tokens, device=self.prompt.device)[None]
-        start, count = 0 if self.start is None else self.start, self.count if self.at_end else length
+        length, count, start = self.length, self.count, 0 if self.start is None else self.start
+        place = torch.arange(length + tokens, device=self.prompt.device)[None] - self._padding
         token = length + place - torch.where(place < start, 0, count)
         slot = place - start + length - count
         sources = torch.where((place >= start) & (place < start + count), slot, token)
         if self.at_end:
-            sources = torch.where(place >= tokens + count, place - tokens - count, sources)
-        return sources
+            return torch.where(place >= tokens + count, place - tokens - count, sources)
+        return torch.where(place < 0, place + self._padding, sources)
+
+    @property
+    def _padding(self) -> int | Tensor:
+        """(b, 1) the padding in front."""
+        return 0 if self.at_end else self.length - self.count
 
     def tokens_of(self, states: Tensor) -> Tensor:
         """(b, s, …) what belongs to the tokens, of (b, p + s, …)."""
         if self._fixed():
             return states[:, self.length :]
         place = torch.arange(states.shape[1] - self.length, device=states.device)[None]
-        start, count = 0 if self.start is None else self.start, self.count if self.at_end else self.length
-        return _chosen(states, torch.where(place < start, place, place + count).expand(len(states), -1))
+        start = 0 if self.start is None else self.start
+        index = place + self._padding + torch.where(place < start, 0, self.count)
+        return _chosen(states, index.expand(len(states), -1))
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """(b, p + s) the mask of the whole from that of the tokens; None, where all is seen, stays None."""

@@ -21,6 +21,7 @@ from .containers import child, remove_child
 from .context import state
 from .errors import AdapterError
 from .evaluation import evaluate
+from .interfaces import POSITIONS_FROM_MASK
 from .layouts import TARGETS, Layout, PromptSignal, Target
 from .sites import Place, Site
 from .topology import Anatomy
@@ -145,6 +146,8 @@ class PromptSite(Site):
             ]
         if self.embeddings is not None:  # after all other hooks: these are about tokens
             handles.append(self.embeddings.register_forward_hook(self.on_embeddings))
+            if self._masks_embeddings:
+                handles.append(self.embeddings.register_forward_pre_hook(self.on_embedded, with_kwargs=True))
         if self.pooler is not None:
             handles.append(self.pooler.register_forward_pre_hook(self.on_pooler))
         if self.pooler is not None and self.trunk is not None:
@@ -195,6 +198,13 @@ class PromptSite(Site):
             return None
         self._note(mask)
         return args, {**kwargs, "encoder_attention_mask": mask}
+
+    def on_embedded(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give an embeddings module that masks what it makes (DeBERTa's) the mask of the tokens."""
+        mask = kwargs.get("mask")
+        return None if mask is None else (args, {**kwargs, "mask": _tokens_of(self._kept.pending, mask)})
 
     def on_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         """Put the prompts in front of what the embeddings module gives."""
@@ -249,10 +259,20 @@ class PromptSite(Site):
         return layouts, mask
 
     @property
+    def _masks_embeddings(self) -> bool:
+        return self.embeddings is not None and "mask" in _parameters(self.embeddings)
+
+    @property
     def _counts(self) -> bool:
         """Whether positions are counted by the model itself and its input does not grow, as in an encoder."""
         encodes = self.embeddings is not None and not getattr(self.host.config, "is_decoder", False)
         return "past_key_values" not in self.parameters or encodes
+
+    @property
+    def _needs_positions(self) -> bool:
+        """Whether the model would count the padding of a shorter prompt as positions."""
+        masked = self.base_model.config.model_type in POSITIONS_FROM_MASK
+        return "position_ids" in self.parameters and not self._counts and not masked
 
     def _note(self, mask: Tensor) -> None:
         """Let all other sites see the longer mask."""
@@ -266,6 +286,8 @@ class PromptSite(Site):
         rows, mask, cache = len(inputs[name]), inputs.get("attention_mask"), inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         self._check(mask)
+        if mask is None and self._masks_embeddings:  # the model would make one of the input's length
+            mask = self.reference.new_ones(rows, self._tokens(name, inputs), dtype=torch.long)
         signals = self._signals(plan, rows, 0 if past else self.width)
         added = sum(signal.prompt.shape[1] for signal in signals)
         layouts, longer = self._layouts(
@@ -290,7 +312,7 @@ class PromptSite(Site):
         hidden = self.token_embeddings()(inputs["input_ids"]) if hidden is None else hidden
         types, positions = inputs.get("token_type_ids"), inputs.get("position_ids")
         uneven = any(layout.seen is not None for layout in layouts)
-        if "position_ids" in self.parameters and positions is None and uneven and not self._counts:
+        if positions is None and uneven and self._needs_positions:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         for layout in layouts:
             hidden = layout.spread(layout.prompt, hidden)
@@ -302,7 +324,7 @@ class PromptSite(Site):
     def _later_positions(self, inputs: dict[str, Any], layouts: Sequence[Layout], past: int) -> dict[str, Any]:
         """The positions of tokens behind prompts that are in the cache."""
         positions = inputs.get("position_ids")
-        if positions is None and all(layout.seen is None for layout in layouts):
+        if positions is None and (not self._needs_positions or all(layout.seen is None for layout in layouts)):
             return {}
         if positions is None:
             given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -338,9 +360,10 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
 
 
 def _embeddings_module(stack: nn.Module) -> nn.Module | None:
-    """The module that makes embeddings of all that a model is given, where it has one."""
+    """The module that makes embeddings, positions and all, of what a model is given; rotary positions come later."""
     found = stack._modules.get("embeddings")
-    return None if isinstance(found, nn.Embedding) else found
+    rotary = any("rotary" in name for name in stack._modules)
+    return None if rotary or isinstance(found, nn.Embedding) else found
 
 
 def _tokens_of(layouts: Sequence[Layout], states: Tensor) -> Tensor:

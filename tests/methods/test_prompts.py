@@ -9,8 +9,8 @@ from peft import CPTConfig as PeftCPT
 from peft import MultitaskPromptTuningConfig as PeftMultitask
 from peft import PromptEncoderConfig, get_peft_model
 from peft import PromptTuningConfig as PeftPromptTuning
-from tiny_models import BOS, CONFIGS, DECODERS, VOCABULARY, adapted, config, disturb, inputs, plain
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from tiny_models import BOS, CONFIGS, DECODERS, PAD, VOCABULARY, adapted, config, disturb, inputs, plain
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import adapters
 from adapters import AdapterError, AdapterSetup, Average, BatchSplit, CompositionError, Parallel, Split, Stack
@@ -255,6 +255,32 @@ def test_rows_with_prompts_of_different_lengths(name, side):
     parallel = run(model, batch, Parallel("prompt", None))[:, -length:]
     apart = torch.cat([run(model, batch, part)[:, -length:] for part in ("prompt", None)])
     close(parallel[real.repeat(2, 1)], apart[real.repeat(2, 1)])
+
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 48}
+OTHERS = {
+    "deberta-v2": {**SIZE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},  # its embeddings read the mask
+    "electra": {**SIZE, "embedding_size": 8},
+    "opt": {**SIZE, "ffn_dim": 24, "word_embed_proj_dim": 16, "pad_token_id": PAD},  # positions from the mask
+    "gemma2": {**SIZE, "num_key_value_heads": 2, "head_dim": 4},
+    "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 4, "vocab_size": 48, "pad_token_id": PAD},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures(kind):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **OTHERS[kind])).eval()
+    adapters.init(model)
+    for prompt in ("prompt", "long", "after"):
+        model.add_adapter(prompt, PROMPTS[prompt])
+    batch = {key: value[:4] for key, value in inputs("bert", side="left").items()}
+    real, parts = batch["attention_mask"].bool(), ["prompt", "long", None, "after"]
+    alone = [run(model, batch, part)[row, -6:] for row, part in enumerate(parts)]
+    found = run(model, batch, BatchSplit(*parts, batch_sizes=1))
+    for row in (0, 1, 2):
+        close(found[row, -6:][real[row]], alone[row][real[row]])
+    assert run(model, {"input_ids": batch["input_ids"]}, "long").shape[1] == 11
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])
