@@ -215,6 +215,42 @@ COUNTS["mtl_lora"] = lambda config, site: (
 COUNTS["mtl_dora"] = lambda config, site: COUNTS["mtl_lora"](config, site) + config.r * (config.r - 1) + site.outputs
 
 
+MORE_METHODS |= {
+    "loreft": AdapterConfig.load("loreft[r=2,suffix_positions=2]"),
+    "noreft": AdapterConfig.load("noreft[r=2,suffix_positions=1,tied_weights=True,non_linearity='tanh']"),
+    "direft": AdapterConfig.load("direft[r=2]"),
+    "ln_tuning": adapters.LNTuningConfig(),
+    "bitfit": adapters.BitFitConfig(),
+    "hira": adapters.HiRAConfig(r=2, **EVERYWHERE),
+    "shira": adapters.SHiRAConfig(r=2, random_seed=0, **EVERYWHERE),
+}
+IDENTITY |= dict.fromkeys(("ln_tuning", "bitfit", "hira", "shira"), 0)
+MERGES |= {"ln_tuning", "bitfit", "hira", "shira"}
+ROUNDED = {"loreft"}  # files hold the orthonormal matrix, the model one that spans the same space
+REFUSED["bitfit"] = ("llama", "mistral", "t5")  # these have no biases
+COUNTS |= dict.fromkeys(("hira", "shira"), lambda config, site: config.r * (site.inputs + site.outputs))
+COUNTS["bitfit"] = lambda config, site: site.width if site.kind == "norm" else site.outputs
+COUNTS["ln_tuning"] = lambda config, site: site.width * (1 if site.bias is None else 2)
+COUNTS["loreft"] = lambda config, site: 2 * config.r * (2 * site.width + 1)
+COUNTS |= dict.fromkeys(("noreft", "direft"), lambda config, site: config.r * (2 * site.width + 1))
+
+# Of LoRA's options those that change what is computed.
+LORA_VARIANTS: dict[str, AdapterConfig] = {
+    "rslora": LoRAConfig(r=4, alpha=4, use_rslora=True, **EVERYWHERE),
+    "pissa": LoRAConfig(r=4, alpha=4, init_weights="pissa", **EVERYWHERE),
+    "olora": LoRAConfig(r=4, alpha=4, init_weights="olora", **EVERYWHERE),
+    "lora_ga": LoRAConfig(r=4, alpha=4, init_weights="lora_ga", **EVERYWHERE),
+    "lora_pattern": LoRAConfig(r=4, rank_pattern={"q": 2, "1": 3}, alpha_pattern={"v": 2}, **EVERYWHERE),
+    "adalora": adapters.AdaLoRAConfig(init_r=4, target_r=2, **EVERYWHERE),
+}
+MORE_METHODS |= LORA_VARIANTS
+IDENTITY |= dict.fromkeys(LORA_VARIANTS, 0)
+MERGES |= {*LORA_VARIANTS}
+COUNTS |= dict.fromkeys(("rslora", "pissa", "olora", "lora_ga"), COUNTS["lora"])
+COUNTS["lora_pattern"] = lambda config, site: config.rank_at(site) * (site.inputs + site.outputs)
+COUNTS["adalora"] = lambda config, site: config.init_r * (site.inputs + site.outputs + 1)
+
+
 def generator(name: str) -> torch.Generator:
     """A random stream that depends on nothing but the name."""
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -70,7 +70,14 @@ def _site_slots(model: "ModelAdaptersMixin", name: str, holding: Sequence[tuple[
         for parameter, tensor in names.with_aliases(_tensors(module)).items():
             key = ".".join(filter(None, (path, container, name, parameter)))
             slots.setdefault(key, {})[site.part] = tensor
-    return {key: tuple(parts[part] for part in ("", *names.PARTS) if part in parts) for key, parts in slots.items()}
+    joined: Slots = {}
+    for key, parts in slots.items():
+        ordered = {part: parts[part] for part in ("", *names.PARTS) if part in parts}
+        if len({tensor.shape[1:] for tensor in parts.values()}) == 1:
+            joined[key] = tuple(ordered.values())
+        else:  # slices of different ranks, which 1.x does not have, stand by themselves
+            joined |= {f"{key}.{part}": (tensor,) for part, tensor in ordered.items()}
+    return joined
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
