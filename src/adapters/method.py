@@ -50,6 +50,11 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
         """Does `config` put a module at `site`?"""
 
     @classmethod
+    def takes(cls, config: Any) -> bool:
+        """Does this class build the modules of `config` at all? One configuration may describe several methods."""
+        return True
+
+    @classmethod
     def asks_for(cls, config: Any) -> set[str]:
         """The locations where `config` explicitly asks for modules; a model without one of them is refused."""
         return set()
@@ -172,7 +177,8 @@ def methods_of(config: AdapterConfig) -> list[type[AdapterModule[Any]]]:
     Raises:
         AdapterError: this version has no implementation of the method.
     """
-    found = [cls for kind, classes in METHODS.items() if isinstance(config, kind) for cls in classes]
+    candidates = (cls for kind, classes in METHODS.items() if isinstance(config, kind) for cls in classes)
+    found = [cls for cls in candidates if cls.takes(config)]
     if not found:
         known = sorted({kind.__name__ for kind in METHODS})
         raise AdapterError(

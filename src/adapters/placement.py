@@ -30,6 +30,7 @@ def place(sites: SiteMap, name: str, config: AdapterConfig) -> None:
     left_out = config.get("leave_out") or ()
     check_layers(sites.anatomy, f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
     _check_asked(sites, name, config)
+    config.check_sites([site for method in methods_of(config) for site in sites.of(method.site_type)])
     found = [place_method(sites, name, config, method) for method in methods_of(config)]
     if not any(found):
         _refuse(sites, name, config)
@@ -139,7 +140,10 @@ def _factory(reference: torch.Tensor, keep_dtype: bool) -> Mapping[str, Any]:
 def like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
     """Give a new module the device, dtype and mode of its host; moving is slow, so it is done only where it is due."""
     factory = _factory(site.reference, keep_dtype)
-    for tensor in chain(module.parameters(), module.buffers()):
+    tensors: Iterable[torch.Tensor] = chain(module.parameters(), module.buffers())
+    if not module._modules:
+        tensors = filter(torch.is_tensor, chain(module._parameters.values(), module._buffers.values()))
+    for tensor in tensors:
         if tensor.device != factory["device"] or tensor.dtype != factory.get("dtype", tensor.dtype):
             module.to(**factory)
             break

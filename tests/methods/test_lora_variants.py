@@ -312,6 +312,8 @@ def test_bad_calls():
         model.add_adapter("c", LoRAConfig(r=20, init_weights="pissa"))
     with pytest.raises(AdapterError, match="tokens 0 to 47"):
         model.add_adapter("c", TrainableTokensConfig(token_indices=[48]))
+    with pytest.raises(AdapterError, match="'q_porj' fits no place"):
+        model.add_adapter("c", LoRAConfig(rank_pattern={"q_porj": 2}))
     bare = adapted("llama")
     with pytest.raises(AdapterError, match="lm_head_lora"):
         bare.add_adapter("a", LoRAConfig(lm_head_lora=True))

@@ -1,6 +1,6 @@
 """What every configuration is: a frozen dataclass, a mapping, and a value with equality and a hash."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, FrozenInstanceError, asdict, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Self, cast
@@ -65,6 +65,9 @@ class AdapterConfig(Mapping[str, Any]):
         """The error about the value of ``field``: what is ``wrong`` with it and what would be ``right``."""
         value = self[field]
         return ConfigError(f"{type(self).__name__}({field}={value!r}): {value!r} is {wrong}; {right}.")
+
+    def check_sites(self, sites: Sequence[Any]) -> None:
+        """Refuse what has no meaning at the sites that a model has for the method; called before modules are built."""
 
     def normalize(self, field: str, value: Any) -> None:
         """Give ``field`` the one form of its value, which only ``__post_init__`` may do."""

@@ -9,7 +9,8 @@ from ..configuration.registry import register_config, register_preset
 from ..method import register
 from ..signals import LinearSignal
 from ..sites import LinearSite
-from .lora import LinearChange, LoRAConfig, initialise
+from .lora import LinearChange, LoRAConfig
+from .lora_init import initialise
 
 
 @dataclass(eq=False)

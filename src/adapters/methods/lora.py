@@ -1,7 +1,7 @@
 """LoRA: a low-rank change of a linear map."""
 
 from abc import abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -29,8 +29,8 @@ from ..grouping import Group, grouped_linear, per_row
 from ..method import AdapterModule, register
 from ..signals import LinearSignal
 from ..sites import LinearSite, Site
-from .lora_init import FROM_WEIGHT, KEEPS_START, factors
-from .patterns import check_pattern, value_at
+from .lora_init import FROM_WEIGHT, KEEPS_START, factors, initialise
+from .patterns import check_pattern, check_used, value_at
 
 ATTENTION_MATRICES = ("q", "k", "v", "o")
 RANDOM = ("lora", "bert", "ia3", "vera")
@@ -116,6 +116,11 @@ class LoRAConfig(AdapterConfig):
             return "dvora" if is_vera else "dora"
         return "vera" if is_vera else "lora"
 
+    def check_sites(self, sites: Sequence[Any]) -> None:
+        """Every key of a pattern fits one of the sites."""
+        for name in PATTERNS:
+            check_used(self, name, sites)
+
     def rank_at(self, site: Site) -> int:
         """The rank at a site; 0: it has no module."""
         return int(value_at(self.rank_pattern, site, self.r))
@@ -140,24 +145,17 @@ class LoRAConfig(AdapterConfig):
                 if self[name]:
                     raise self.refusal(name, "not possible with embedding_lora", "token ids have no such thing")
             if self.init_weights in FROM_DATA:
-                raise self.refusal(
-                    "init_weights", "not possible with embedding_lora", "it reads what linear maps are given"
-                )
+                wrong = "not possible with embedding_lora"
+                raise self.refusal("init_weights", wrong, "it reads what linear maps are given")
         if KEEPS_START.fullmatch(self.init_weights) and self.alpha <= 0:
             raise self.refusal("alpha", f"not possible with init_weights={self.init_weights!r}", "it must be > 0")
 
     def _check_scale(self) -> None:
         """(IA)³ multiplies by one vector: it has no rank, no input to drop, no A and B."""
         wrong = "not possible with composition_mode='scale'"
-        if self.r != 1:
-            raise self.refusal("r", wrong, "it must be 1")
-        if self.dropout > 0:
-            raise self.refusal("dropout", wrong, "it must be 0")
-        if self.use_dora:
-            raise self.refusal("use_dora", wrong, "it must be False")
-        for name in ("vera_d", "vera_b"):
-            if self[name] is not None:
-                raise self.refusal(name, wrong, "it must be None")
+        for name, only in {"r": 1, "dropout": 0, "use_dora": False, "vera_d": None, "vera_b": None}.items():
+            if self[name] != only:
+                raise self.refusal(name, wrong, f"it must be {only}")
         if self.init_weights == "vera":
             raise self.refusal("init_weights", wrong, "it must be 'ia3', 'bert' or 'lora'")
 
@@ -174,22 +172,38 @@ class LinearChange(AdapterModule[LinearSignal]):
 
     container = "loras"
     variant: ClassVar[str]
+    stack: str
+    config: LoRAConfig
+    rank: int
+    scale: float
+    dtype: torch.dtype | None
+    gate: nn.Linear | None
 
     def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
         super().__init__()
-        self.stack, self.config = site.source, config
-        self.rank, self.scale = config.rank_at(site), config.scale_at(site)
-        self.dtype: torch.dtype | None = None if config.dtype is None else getattr(torch, config.dtype)
-        self.gate = nn.Linear(site.inputs, 1) if config.use_gating else None
-        if self.gate is not None:
+        # past nn.Module's own assignment, which takes most of the time that a small module takes to build
+        vars(self).update(
+            stack=site.source,
+            config=config,
+            rank=config.rank_at(site),
+            scale=config.scale_at(site),
+            dtype=None if config.dtype is None else getattr(torch, config.dtype),
+            gate=None,
+        )
+        if config.use_gating:
+            self.gate = nn.Linear(site.inputs, 1)
             nn.init.normal_(self.gate.weight, std=0.02)
+
+    @classmethod
+    def takes(cls, config: LoRAConfig) -> bool:
+        """The configurations of this variant."""
+        return config.variant == cls.variant
 
     @classmethod
     def wants(cls, config: LoRAConfig, site: LinearSite) -> bool:
         """At the projections that the configuration's flags and ``attn_matrices`` name."""
         named = site.location != "selfattn_lora" or site.role in config.attn_matrices
-        chosen = config.variant == cls.variant and bool(config[site.location])
-        return chosen and named and site.layer not in config.leave_out and config.rank_at(site) > 0
+        return bool(config[site.location]) and named and site.layer not in config.leave_out and config.rank_at(site) > 0
 
     @classmethod
     def asks_for(cls, config: LoRAConfig) -> set[str]:
@@ -257,24 +271,29 @@ class LoRA(LowRankChange):
     """
 
     variant = "lora"
+    bias: nn.Parameter | None
+    start_A: Tensor | None
+    start_B: Tensor | None
+    mergeable: bool
 
     def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
         super().__init__(config, site, shared)
         self.lora_A = nn.Parameter(torch.empty(self.rank, site.inputs, dtype=self.dtype))
         self.lora_B = nn.Parameter(torch.empty(site.outputs, self.rank, dtype=self.dtype))
-        self.bias = nn.Parameter(torch.zeros(site.outputs, dtype=self.dtype)) if config.lora_bias else None
-        self.mergeable = self.bias is None or site.bias is not None
-        self._kept = Derived()
+        mergeable = not config.lora_bias or site.bias is not None
+        vars(self).update(bias=None, start_A=None, start_B=None, mergeable=mergeable)
+        if config.lora_bias:
+            self.bias = nn.Parameter(torch.zeros(site.outputs, dtype=self.dtype))
         scheme = config.init_weights
         if FROM_WEIGHT.fullmatch(scheme) and not site.weight.is_meta:
             self.start_at(*factors(scheme, site.weight, self.rank, self.scale))
         else:
             self._initialise(scheme)
-        keeps = KEEPS_START.fullmatch(scheme) is not None
-        self.start_A: Tensor | None
-        self.start_B: Tensor | None
-        self.register_buffer("start_A", self.lora_A.detach().clone() if keeps else None)
-        self.register_buffer("start_B", self.lora_B.detach().clone() if keeps else None)
+        if KEEPS_START.fullmatch(scheme):
+            del self.start_A, self.start_B
+            self.register_buffer("start_A", self.lora_A.detach().clone())
+            self.register_buffer("start_B", self.lora_B.detach().clone())
+            self._kept = Derived()
 
     def _initialise(self, scheme: str) -> None:
         scheme = scheme if scheme in RANDOM else "lora"
@@ -350,21 +369,6 @@ class LoRA(LowRankChange):
         if low.dtype == signal.output.dtype:
             return replace(signal, output=grouped_linear(low, up, index, onto=signal.output))
         return replace(signal, output=signal.output + grouped_linear(low, up, index).to(signal.output.dtype))
-
-
-def initialise(matrix: Tensor, scheme: str, zero: bool) -> None:
-    """Start values by ``init_weights``; zero: this is the matrix that scheme "lora" starts at 0."""
-    match scheme:
-        case "lora" if zero:
-            nn.init.zeros_(matrix)
-        case "lora":
-            nn.init.kaiming_uniform_(matrix, a=5**0.5)
-        case "bert":
-            nn.init.normal_(matrix, std=0.02)
-        case "ia3":
-            nn.init.ones_(matrix)
-        case _:
-            nn.init.kaiming_uniform_(matrix)
 
 
 def plus_low_rank(

@@ -8,7 +8,7 @@ switched off. An ordinary LoRA of rank 2r says the same, with A' = [A; A0] and B
 import re
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError
 
@@ -60,3 +60,18 @@ def _olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """W = Q R: A0 = R[:r], B0 = Q[:, :r]. Büyükakyüz 2024, arXiv:2406.01775."""
     left, right = torch.linalg.qr(weight)
     return right[:rank].contiguous(), left[:, :rank].contiguous()
+
+
+def initialise(matrix: Tensor, scheme: str, zero: bool) -> None:
+    """Start values by ``init_weights``; zero: this is the matrix that scheme "lora" starts at 0."""
+    match scheme:
+        case "lora" if zero:
+            nn.init.zeros_(matrix)
+        case "lora":
+            nn.init.kaiming_uniform_(matrix, a=5**0.5)
+        case "bert":
+            nn.init.normal_(matrix, std=0.02)
+        case "ia3":
+            nn.init.ones_(matrix)
+        case _:
+            nn.init.kaiming_uniform_(matrix)

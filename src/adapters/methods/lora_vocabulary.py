@@ -10,7 +10,8 @@ from torch.nn.functional import embedding, linear
 from ..errors import AdapterError
 from ..method import register
 from ..vocabulary import LookupSite, OutputSite
-from .lora import LoRA, LoRAConfig, initialise
+from .lora import LoRA, LoRAConfig
+from .lora_init import initialise
 
 
 def refuse_tied(name: str, site: LookupSite | OutputSite) -> None:

@@ -13,7 +13,8 @@ from ..derived import Derived
 from ..method import register
 from ..sites import LinearSite
 from .dora import Magnitude
-from .lora import LoRAConfig, LowRankChange, initialise
+from .lora import LoRAConfig, LowRankChange
+from .lora_init import initialise
 
 
 class MultiTaskConfig(AdapterConfig):

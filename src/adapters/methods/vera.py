@@ -12,7 +12,8 @@ from ..configuration.registry import register_config, register_preset
 from ..method import register
 from ..signals import LinearSignal
 from ..sites import LinearSite
-from .lora import LoRAConfig, LowRankChange, initialise
+from .lora import LoRAConfig, LowRankChange
+from .lora_init import initialise
 
 
 @dataclass(eq=False)
