@@ -6,7 +6,7 @@ TEXT ?=
 ARGS ?=
 export TEXT
 
-.PHONY: demo classify test check format bench clean
+.PHONY: demo classify test check format docs bench clean
 
 demo: .venv/demo.installed  ## train, compare, save, reload, classify (TEXT="…" or standard input)
 	$(BIN)/python examples/demo/demo.py "$$TEXT"
@@ -26,6 +26,9 @@ check: .venv/check.installed
 format: .venv/check.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: .venv/check.installed  ## the tables and pictures of docs/methods/, from the code
+	$(BIN)/python docs/generate.py
 
 bench: .venv/bench.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
