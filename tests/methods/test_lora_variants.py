@@ -1,14 +1,17 @@
 """LoRA's options, its starts, the vocabulary, trainable tokens, AdaLoRA and LoRA+."""
 
+import copy
+
 import peft
 import pytest
 import torch
-from tiny_models import adapted, disturb, generator, inputs, output, plain
+from tiny_models import adapted, disturb, generator, inputs, output, plain, run
 from torch import nn
 from transformers import TrainingArguments
 
 import adapters
 from adapters import AdaLoRAConfig, AdapterConfig, AdapterError, ConfigError, LoRAConfig, TrainableTokensConfig
+from adapters.composition import BatchSplit, MultiTask, Parallel, Stack
 from adapters.methods.adalora import budget, orthogonality_loss, update_and_allocate
 from adapters.trainer import AdapterTrainer
 from adapters.training import AdapterTrainingArguments, loraplus_groups
@@ -320,3 +323,38 @@ def test_bad_calls():
     assert "c" not in model.adapters_config
     assert "a" not in bare.adapters_config
     assert adapters.ADAPTER_CONFIG_MAP["adalora"] == AdaLoRAConfig()
+
+
+VOCABULARY = {
+    "embedding": LoRAConfig(r=4, embedding_lora=True, lm_head_lora=True),
+    "tokens": TrainableTokensConfig(token_indices=list(range(3, 20))),
+}
+
+
+@pytest.mark.parametrize("kind", list(VOCABULARY))
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_vocabulary_in_compositions(name, kind):
+    model = adapted(name, head=True)
+    for adapter in ("a", "b"):
+        model.add_adapter(adapter, VOCABULARY[kind])
+        disturb(model, adapter)
+    batch = inputs(name)
+    alone = {adapter: run(model, batch, adapter) for adapter in ("a", "b", None)}
+    both = run(model, batch, Parallel("a", "b"))
+    torch.testing.assert_close(both, torch.cat([alone["a"], alone["b"]]), atol=1e-5, rtol=1e-5)
+    split = run(model, batch, BatchSplit("a", "b", batch_sizes=[1, 3]))
+    torch.testing.assert_close(split, torch.cat([alone["a"][:1], alone["b"][1:]]), atol=1e-5, rtol=1e-5)
+    mixed = run(model, batch, MultiTask("a", "b"), task_ids=torch.tensor([1, 0, 0, 1]))
+    rows = [alone["ba"[bit]][row] for row, bit in enumerate([0, 1, 1, 0])]
+    torch.testing.assert_close(mixed, torch.stack(rows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(copy.deepcopy(model), batch, "a"), alone["a"], atol=0, rtol=0)
+    model.train_adapter(Stack("a", "b"))
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    for _, module in modules(model, "b"):
+        assert all(parameter.grad is not None for parameter in module.parameters())
+    trained = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert all(".a." in key or ".b." in key for key in trained)
+    for adapter in ("a", "b"):
+        model.delete_adapter(adapter)
+    torch.testing.assert_close(run(model.eval(), batch, None), alone[None], atol=0, rtol=0)
+    assert set(model.state_dict()) == set(plain(name, head=True).state_dict())
