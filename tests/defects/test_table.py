@@ -73,6 +73,15 @@ SHOWN = {
     "D8": f"{METHODS}::test_d8_the_position_bias_of_real_tokens_stays",
     "D9": f"{METHODS}::test_d9_the_width_of_heads_is_the_models",
     "E1": f"{API}::test_e1_new_adapters_have_the_models_mode",
+    "A6": "methods/test_small_and_reft.py::test_a6_a_reft_acts_wherever_it_stands_in_a_stack",
+    "E2": f"{METHOD_LAWS}::test_a_saved_adapter_is_loaded_as_it_was",
+    "E3": "methods/test_small_and_reft.py::test_a_rotation_is_orthonormal_whatever_the_size_of_its_parameter",
+    "E4": "methods/test_small_and_reft.py::test_e4_the_average_of_rotations_is_a_rotation",
+    "E5": "methods/test_small_and_reft.py::test_reft_changes_the_first_and_last_real_tokens",
+    "E6": "methods/test_small_and_reft.py::test_reft_generates_with_a_cache_as_without",
+    "E7": "methods/test_small_and_reft.py::test_e7_the_decoder_has_positions_of_its_own",
+    "E8": "methods/test_small_and_reft.py::test_e8_layers_are_checked_and_left_out",
+    "E9": "methods/test_small_and_reft.py::test_e9_reft_of_another_dtype",
     "E10": f"{API}::test_e10_the_second_positional_argument_need_not_be_a_mask",
     "F1": f"{CONFIGURATION_ERRORS}::test_unknown_field",
     "F2": f"{CONFIGURATION}::test_load_changes_fields_and_not_the_dictionary_of_the_caller",
@@ -96,7 +105,6 @@ SHOWN = {
     "F14": f"{API}::test_f14_adapter_plus_on_any_model",
 }
 LATER = {
-    "the methods that are not there yet": "A6 E2 E3 E4 E5 E6 E7 E8 E9",
     "merging, resetting, ejecting and averaging": "B17 B18 B19 B21 D6 F11",
     "architectures with other fused projections": "B16 C3",
 }

@@ -1,6 +1,8 @@
 """ReFT: changes of the hidden states of some positions, in a low-rank subspace."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,16 @@ class ReftConfig(AdapterConfig):
         if self.non_linearity is not None:
             check_activation(self, "non_linearity")
         check_dtype(self, "dtype")
+
+    def check_sites(self, sites: Sequence[Any]) -> None:
+        """Refuse numbers in ``layers`` that no block of the model has."""
+        known = {site.layer for site in sites}
+        unknown = [] if self.layers == "all" else [layer for layer in self.layers if layer not in known]
+        if unknown and known:
+            raise AdapterError(
+                f"add_adapter({type(self).__name__}(layers={self.layers})): the model has no layer {unknown[0]}; its "
+                f"layers are 0 to {max(known)}."
+            )
 
 
 @dataclass(eq=False)
