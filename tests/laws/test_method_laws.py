@@ -14,6 +14,7 @@ from tiny_models import (
     MORE_METHODS,
     PROMPTS,
     REFUSED,
+    ROUNDED,
     SHARED_COUNTS,
     WITHOUT_CACHE_LAW,
     adapted,
@@ -36,7 +37,7 @@ COMPOSED = ("bert", "gpt2")
 
 def cases(methods, names=ARCHITECTURES):
     """Pairs of an architecture and a method that it takes, the pairs of one method next to each other."""
-    pairs = [(name, method) for method in methods for name in names if name not in REFUSED.get(method, ())]
+    pairs = [(name, method) for method in sorted(methods) for name in names if name not in REFUSED.get(method, ())]
     return pytest.mark.parametrize(("name", "method"), pairs, ids=map("-".join, pairs))
 
 
@@ -138,7 +139,9 @@ def test_a_saved_adapter_is_loaded_as_it_was(name: str, method: str, head: bool,
     assert list(other.state_dict()) == [
         key.replace(".a.", ".again.") for key in model.state_dict() if ".b." not in key and ".lora." not in key
     ]
-    assert torch.equal(run(other, batch, "again"), run(model, batch, "a"))
+    found, wanted = run(other, batch, "again"), run(model, batch, "a")
+    assert torch.equal(found, wanted) or method in ROUNDED
+    close(found, wanted)
 
 
 @cases(MORE_METHODS)
