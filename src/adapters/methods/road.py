@@ -94,7 +94,7 @@ class RoAd(LinearMethod):
 
     def _partners(self, values: Tensor) -> Tensor:
         """(..., out) for each output the value of the other one of its pair."""
-        return values.reshape(*values.shape[:-1], -1, 2, self.pairs).flip(-2).view(values.shape)
+        return values.reshape(*values.shape[:-1], -1, 2, self.pairs).roll(1, -2).view(values.shape)
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """(out) each, the factors of every output and of its partner."""
