@@ -35,7 +35,20 @@ ORDER += [
     "methods",
 ]
 ORDER += ["configuration.resolve", "configuration.model_adapters_config"]
-ORDER += ["repetition", "placement", "sitemap", "summary", "sharing", "averaging", "checkpoints", "loading", "invertible", "model", "wrap", "heads"]
+ORDER += [
+    "repetition",
+    "placement",
+    "sitemap",
+    "summary",
+    "sharing",
+    "averaging",
+    "checkpoints",
+    "loading",
+    "invertible",
+    "model",
+    "wrap",
+    "heads",
+]
 ORDER += ["auto", "training", "trainer", "cli"]
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 

@@ -58,8 +58,8 @@ METHODS: dict[str, AdapterConfig] = {
     for name, text in {
         "seq_bn": "seq_bn[reduction_factor=4,non_linearity='leakyrelu']",  # no unit of it is ever dead
         "double_seq_bn": "double_seq_bn[reduction_factor=4,cross_adapter=True]",
-        "par_bn": "par_bn[reduction_factor=4]",
-        "scaled_par_bn": "scaled_par_bn[reduction_factor=4]",
+        "par_bn": "par_bn[reduction_factor=4,non_linearity='leakyrelu']",
+        "scaled_par_bn": "scaled_par_bn[reduction_factor=4,non_linearity='leakyrelu']",
         "adapter_plus": "adapter_plus[reduction_factor=4,stochastic_depth=0.0]",
         "prefix_tuning": "prefix_tuning[prefix_length=3,bottleneck_size=8]",
         "prefix_tuning_flat": "prefix_tuning_flat[prefix_length=2]",

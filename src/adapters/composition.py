@@ -218,7 +218,7 @@ class Route(Block):
     def __init__(self, *children: Any, gate: str) -> None:
         """The children are experts of the gate, or stacks that end in one."""
         super().__init__(*children)
-        if any(not isinstance(child, (str, Stack)) for child in self.children):
+        if None in self.children:
             raise CompositionError(f"{self!r}: the children of Route are the gate's experts; name each of them.")
         self._set("gate", gate)
 

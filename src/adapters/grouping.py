@@ -65,9 +65,14 @@ class Group:
 
 
 def grouped_linear(
-    x: Tensor, weights: Tensor, index: Tensor | None, bias: Tensor | None = None, onto: Tensor | None = None
+    x: Tensor,
+    weights: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None = None,
+    onto: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """(b, s, out) the rows x (b, s, in), each times its own of the weights (n, out, in).
+    """(b, s, out) the rows x (b, s, in), each times its own of the weights (n, out, in), times `scale`.
 
     index: (b,) the number of each row's weight; None: the rows come in n equal parts. Added are each row's own of the
     biases (n, out), or `onto` (b, s, out).
@@ -81,7 +86,7 @@ def grouped_linear(
         weights, bias = weights[index], None if bias is None else bias[index]
     start = onto if bias is None else bias[:, None]
     weights = weights.transpose(1, 2)
-    product = torch.bmm(x, weights) if start is None else torch.baddbmm(start, x, weights)
+    product = torch.bmm(x, weights) if start is None else torch.baddbmm(start, x, weights, alpha=scale)
     return product.view(rows, length, -1)
 
 

@@ -144,7 +144,7 @@ class Site:
 
     def put(self, name: str, module: AdapterModule[Any]) -> None:
         """Take in an adapter."""
-        module.name, module.layer, module.location = name, self.layer, self.location
+        vars(module).update(name=name, layer=self.layer, location=self.location)  # nn.Module's own way is slow
         self._register(module.container, name, module)
         self.adapters[name] = module
         self._groups = {}
@@ -345,7 +345,7 @@ class LinearSite(Site):
         plan = self.plan()
         if plan is None:
             return None
-        owned = isinstance(plan, str) and not torch.is_grad_enabled()
+        owned = isinstance(plan, str) and not (torch.is_grad_enabled() or host.training)
         if not self.part:
             transformed = isinstance(plan, str) and self.adapters[plan].transforms_input
             return evaluate(plan, LinearSignal(None, args[0], output, owned, transformed), self).output

@@ -12,6 +12,7 @@ from adapters import (
     Fuse,
     MultiTask,
     Parallel,
+    Route,
     Split,
     Stack,
     parse_composition,
@@ -97,7 +98,7 @@ def test_parsing() -> None:
 
 
 def build(kind: type[Block], *children) -> Block:
-    sizes = {Split: {"splits": 1}, BatchSplit: {"batch_sizes": 1}}
+    sizes = {Split: {"splits": 1}, BatchSplit: {"batch_sizes": 1}, Route: {"gate": "g"}}
     return kind(*children, **sizes.get(kind, {}))
 
 

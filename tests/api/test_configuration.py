@@ -102,7 +102,7 @@ FIELDS = {
     "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy n_up_projection "
     "task_specific_matrix_type weights_sharpness",
     ReftConfig: "layers prefix_positions suffix_positions r orthogonality tied_weights dropout non_linearity dtype "
-    "architecture output_reft init_weights_seed subtract_projection",
+    "architecture output_reft init_weights_seed subtract_projection leave_out",
     AdapterFusionConfig: "key query value query_before_ln regularization residual_before temperature "
     "value_before_softmax value_initialized dropout_prob",
 }
@@ -121,8 +121,25 @@ def test_identifier_gives_its_class_and_the_hash_of_1x(name, preset, hash_of_1x)
     assert get_adapter_config_hash(config) == hash_of_1x
 
 
+BEYOND_1X = {
+    *("adalora", "bitfit", "boft", "bone", "cpt", "fourierft", "hira", "hra", "ln_tuning", "loha", "lokr", "miss"),
+    *(
+        "multitask_prompt_tuning",
+        "oft",
+        "p_tuning",
+        "randlora",
+        "road",
+        "router",
+        "shira",
+        "trainable_tokens",
+        "vblora",
+    ),
+}
+
+
 def test_identifiers_and_aliases_are_complete():
-    assert set(ADAPTER_CONFIG_MAP) == {name for name, *_ in PRESETS} | set(ALIASES) | {"adapter_plus"}
+    of_1x = {name for name, *_ in PRESETS} | set(ALIASES) | {"adapter_plus"}
+    assert set(ADAPTER_CONFIG_MAP) == of_1x | BEYOND_1X
     for alias, name in ALIASES.items():
         assert ADAPTER_CONFIG_MAP[alias] is ADAPTER_CONFIG_MAP[name]
     assert type(ADAPTER_CONFIG_MAP["adapter_plus"]) is AdapterPlusConfig

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import IDS, PADDING, add, close, differs, run, stir, tiny, with_adapters
 
-import adapters
 from adapters import Average, BatchSplit, CompositionError, Fuse, LoRAConfig, Parallel, Stack
 
 METHODS = {

@@ -46,14 +46,14 @@ def runs(page):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks by the old name
-@pytest.mark.parametrize("page", ["architecture", "composition", "migrating"])
+@pytest.mark.parametrize("page", ["architecture", "composition", "merging", "migrating"])
 def test_the_snippets_of_a_page_run_in_order(page, offline):
     runs(page)
 
 
 def test_every_page_with_snippets_runs():
     pages = {page for page, text in PAGES.items() if SNIPPET.search(text)}
-    assert pages == {"adding-a-method", "architecture", "composition", "migrating", "quickstart", "training"}
+    assert pages == {"adding-a-method", "architecture", "composition", "merging", "migrating", "quickstart", "training"}
 
 
 def test_the_table_of_nestings_is_the_one_that_is_checked():

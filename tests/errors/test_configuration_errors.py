@@ -100,7 +100,7 @@ def test_unknown_field(call, kind):
         (LoRAConfig, "attn_matrices", ["q", "x"], "some of 'q', 'k', 'v' and 'o'"),
         (LoRAConfig, "attn_matrices", None, "some of 'q', 'k', 'v' and 'o'"),
         (LoRAConfig, "composition_mode", "multiply", "'add' and 'scale'"),
-        (LoRAConfig, "init_weights", "zeros", "'lora', 'bert', 'ia3' and 'vera'"),
+        (LoRAConfig, "init_weights", "zeros", "'lora', 'bert', 'ia3', 'vera', 'pissa'"),
         (LoRAConfig, "vera_d", "0.1", "must be a number"),
         (LoRAConfig, "dtype", "int8", "'bfloat16' or None"),
         (IA3Config, "r", 2, "must be 1"),

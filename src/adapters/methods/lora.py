@@ -362,13 +362,13 @@ class LoRA(LowRankChange):
         x = dropout(signal.x, share, modules[0].training) if share else signal.x
         low = grouped_linear(x.to(down.dtype), down, index)
         scales = [module.scale for module in modules]
-        if any(scale != 1 for scale in scales):
-            low = (
-                low * per_row(torch.tensor(scales, dtype=low.dtype, device=low.device), index, len(low))[:, None, None]
-            )
+        scale = scales[0] if len(set(scales)) == 1 else 1.0
+        if len(set(scales)) > 1:
+            factors = torch.tensor(scales, dtype=low.dtype, device=low.device)[:, None, None]
+            low = low * per_row(factors, index, len(low))
         if low.dtype == signal.output.dtype:
-            return replace(signal, output=grouped_linear(low, up, index, onto=signal.output))
-        return replace(signal, output=signal.output + grouped_linear(low, up, index).to(signal.output.dtype))
+            return replace(signal, output=grouped_linear(low, up, index, onto=signal.output, scale=scale))
+        return replace(signal, output=signal.output + (grouped_linear(low, up, index) * scale).to(signal.output.dtype))
 
 
 def plus_low_rank(
@@ -380,10 +380,10 @@ def plus_low_rank(
     """
     output = signal.output
     alike = output.dtype == x.dtype == up.dtype
-    if alike and gate is None and not torch.is_grad_enabled():
+    if alike and gate is None and signal.owned:
         low = torch.mm(down, x.flatten(0, -2).T)  # (r, b s): with few rows half the time of (b s, r)
         flat = output.flatten(0, -2)
-        if signal.owned and not torch.compiler.is_compiling() and flat.data_ptr() == output.data_ptr():
+        if not torch.compiler.is_compiling() and flat.data_ptr() == output.data_ptr():
             flat.addmm_(low.T, up.T, alpha=scale)
             return signal
         return LinearSignal(signal.rows, signal.x, torch.addmm(flat, low.T, up.T, alpha=scale).view(output.shape))
