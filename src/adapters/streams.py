@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from .errors import AdapterError
@@ -114,12 +113,12 @@ class EmbeddingSite(Site):
 class Inverse:
     """The way back, for a prediction head that has some rows of the batch only."""
 
-    def __init__(self, site: EmbeddingSite, rows: slice | None, total: int) -> None:
+    def __init__(self, site: EmbeddingSite, rows: slice | list[int] | None, total: int) -> None:
         """rows: the head's, of `total`; None if it has all."""
         self.site, self.rows, self.total = site, rows, total
 
     @classmethod
-    def of(cls, sites: Iterable[Site], rows: slice | None, total: int) -> Self | None:
+    def of(cls, sites: Iterable[Site], rows: slice | list[int] | None, total: int) -> Self | None:
         """The one of a model with these sites; None if nothing acts on its embeddings."""
         acting = (site for site in sites if isinstance(site, EmbeddingSite) and site.plan() is not None)
         return next((cls(site, rows, total) for site in acting), None)
@@ -127,8 +126,8 @@ class Inverse:
     def __call__(self, hidden: Tensor, rev: bool = True) -> Tensor:
         """hidden: (rows, s, e); with ``rev=False`` the way there."""
         if self.rows is not None:  # the composition is about all rows
-            start, stop = self.rows.start, self.rows.stop
-            whole = pad(hidden, (0, 0, 0, 0, start, self.total - stop))
+            whole = hidden.new_zeros(self.total, *hidden.shape[1:])
+            whole[self.rows] = hidden
             return (self.site.back(whole) if rev else self.site.there(whole))[self.rows]
         return self.site.back(hidden) if rev else self.site.there(hidden)
 

@@ -62,6 +62,21 @@ def test_parallel_equals_separate_runs(name, by_context):
     torch.testing.assert_close(output["loss"], separate[0].loss + separate[1].loss, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart"])
+def test_each_row_has_the_head_of_its_adapter(name):
+    model = with_adapters(name)
+    inputs, labels = batch(name, rows=3), torch.tensor([1, 0, 1])
+    output = model(**inputs, labels=labels, adapter_names=["b", "a", "b"])
+    for part, adapter, rows in zip(output, ("b", "a"), ([0, 2], [1]), strict=True):
+        alone = {key: value[rows] for key, value in inputs.items()}
+        with AdapterSetup(adapter):
+            expected = model(**alone, labels=labels[rows])
+        torch.testing.assert_close(part.logits, expected.logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(part.loss, expected.loss, atol=1e-5, rtol=1e-4)
+    model.active_head = "a"
+    assert model(**inputs, adapter_names=["b", None, "a"]).logits.shape[0] == 3  # no head is that of no adapter
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_batch_split_of_adapters_and_heads_equals_separate_runs(name):
     model = with_adapters(name)

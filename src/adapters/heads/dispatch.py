@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
-from ..composition import BatchSplit, Block, Parallel
+from ..composition import BatchSplit, Block, Parallel, Setup
 from ..errors import AdapterError, CompositionError, listing
 from .base import field_names
 
@@ -17,6 +17,7 @@ CONSUMED = frozenset({"last_hidden_state", "pooler_output"})
 CHOICE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 HeadSetup = str | Sequence[str] | Block | None
+Rows = slice | list[int]
 
 
 @dataclass
@@ -56,11 +57,13 @@ class HeadPlan:
     """The heads of one forward pass and how they share its batch.
 
     ``sizes``: rows of each head (BatchSplit). ``parallel``: each head has one channel of the repeated batch.
+    ``assignment``: the number of each row's head (``adapter_names`` with one entry for each row).
     """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...] | None = None
     parallel: bool = False
+    assignment: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, setup: HeadSetup) -> "HeadPlan":
@@ -74,7 +77,14 @@ class HeadPlan:
             names, tuple(setup.batch_sizes) if isinstance(setup, BatchSplit) else None, isinstance(setup, Parallel)
         )
 
-    def rows(self, total: int, channels: int, repeated: bool) -> list[slice] | None:
+    @classmethod
+    def of_rows(cls, setups: Sequence[Setup], assignment: Sequence[int]) -> "HeadPlan":
+        """Each row goes to the head of the last adapter of its setup, the one numbered ``assignment`` says."""
+        last = [setup.last() if isinstance(setup, Block) else setup or "" for setup in setups]
+        names = tuple(dict.fromkeys(last))
+        return cls(names, assignment=tuple(names.index(last[number]) for number in assignment))
+
+    def rows(self, total: int, channels: int, repeated: bool) -> list[Rows] | None:
         """The rows of each head in a batch of ``total`` rows; None if every head takes all.
 
         ``repeated``: ``generate`` may have repeated each row in place, for beams and for return sequences.
@@ -82,6 +92,10 @@ class HeadPlan:
         Raises:
             CompositionError: The sizes do not add up to the batch, or there is not one head for each channel.
         """
+        if self.assignment is not None:
+            return [
+                [row for row, number in enumerate(self.assignment) if number == head] for head in range(len(self.names))
+            ]
         if self.sizes is not None:
             size = sum(self.sizes)
             if repeated and size and total % size == 0:
@@ -102,13 +116,13 @@ class HeadPlan:
         return windows([total // channels] * channels)
 
 
-def windows(sizes: Sequence[int]) -> list[slice]:
+def windows(sizes: Sequence[int]) -> list[Rows]:
     """Consecutive slices of these lengths."""
     ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def take_rows(value: Any, rows: slice, total: int) -> Any:
+def take_rows(value: Any, rows: Rows, total: int) -> Any:
     """These rows of every tensor of the batch in ``value``; what has no batch of ``total`` rows stays whole."""
     if isinstance(value, torch.Tensor):
         return value[rows] if value.dim() and len(value) == total else value

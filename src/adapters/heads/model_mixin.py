@@ -180,6 +180,10 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
 
     def _plan(self, head: HeadSetup) -> HeadPlan:
         if head is None and (context := AdapterSetup.get_context()) is not None and self.heads:
+            if context.assignment and state.generating is None:
+                rowwise = HeadPlan.of_rows(context.adapter_setup.children, context.assignment)
+                if all(name in self.heads for name in rowwise.names):
+                    return rowwise
             head = context.head_setup
             # Heads that only follow from the adapters' names are used if they exist, as in set_active_adapters.
             if head == parse_heads_from_composition(context.adapter_setup) and not self._has_heads(head):
