@@ -23,6 +23,7 @@ from .errors import AdapterError, ConfigError, UnknownAdapterError, listing
 from .invertible import InvertibleAdaptersMixin
 from .methods import lora_data
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
+from .methods.prefix_tuning import eject
 from .placement import check_layers
 from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
@@ -438,6 +439,19 @@ class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
     def unshare_parameters(self, name: str) -> None:
         """Give each adapter of the set `name` its own copy of what it shared."""
         sharing.unshare(self.adapter_sites, name)
+
+    def eject_prefix_tuning(self, name: str) -> None:
+        """Make an adapter's prefixes flat: the outputs stay, and the network that the prefixes come from goes.
+
+        Raises:
+            AdapterError: the model has no adapter of that name, or it has no prefix.
+
+        Example:
+            >>> model.eject_prefix_tuning("sst-2")
+        """
+        self._check_names("eject_prefix_tuning", parse_composition(name))
+        eject(name, self._modules_of(name))
+        self.adapters_config.change(name, flat=True)
 
     def average_adapter(
         self,

@@ -44,6 +44,27 @@ def test_deleting_a_merged_adapter_restores_the_weights(name: str) -> None:
     model.set_active_adapters("b")
 
 
+@torch.no_grad()
+def test_b21_a_vector_with_zeros_is_reset() -> None:
+    model = adapted("bert", "ia3")
+    before = weights_of(model)
+    for _, module in model.adapter_sites.holding("ia3"):
+        module.lora_B[0] = 0
+        before |= {key: value.clone() for key, value in model.state_dict().items() if ".ia3." in key}
+    model.merge_adapter("ia3")
+    model.reset_adapter()
+    assert unchanged(model, before)
+
+
+def test_f11_weights_by_name_and_weights_of_sum_0() -> None:
+    model = with_loras()
+    model.average_adapter("x", {"a": 1, "b": 3})
+    model.average_adapter("y", ["a", "b"], [0.25, 0.75])
+    assert torch.equal(run(model, inputs("bert"), "x"), run(model, inputs("bert"), "y"))
+    with pytest.raises(AdapterError, match="their sum is 0"):
+        model.average_adapter("z", {"a": 1, "b": -1})
+
+
 def test_others_act_on_top_of_a_merged_adapter() -> None:
     model, batch = with_loras(), inputs("bert")
     both = run(model, batch, adapters.Stack("a", "b"))

@@ -16,7 +16,15 @@ CHECKPOINTS, GOLDENS = "api/test_checkpoints.py", "parity/test_goldens.py"
 
 FAMILY = "methods/test_lora_family.py"
 
+MERGING = "api/test_merging.py"
+
 SHOWN = {
+    "B17": f"{MERGING}::test_deleting_a_merged_adapter_restores_the_weights",
+    "B18": f"{MERGING}::test_svd_averages_the_changes",
+    "B19": f"{MERGING}::test_a_refused_average_changes_nothing",
+    "B21": f"{MERGING}::test_b21_a_vector_with_zeros_is_reset",
+    "D6": "methods/test_eject.py::test_d6_an_ejected_prefix_stays_what_it_was_and_can_be_loaded",
+    "F11": f"{MERGING}::test_f11_weights_by_name_and_weights_of_sum_0",
     "A1": f"{COMPOSITION}::test_a1_the_average_of_two_equal_adapters_is_one_of_them",
     "A2": f"{COMPOSITION}::test_a2_a_stack_within_parallel_is_the_plain_stack",
     "A3": f"{COMPOSITION}::test_a3_stacked_loras_add_up",
@@ -105,7 +113,6 @@ SHOWN = {
     "F14": f"{API}::test_f14_adapter_plus_on_any_model",
 }
 LATER = {
-    "merging, resetting, ejecting and averaging": "B17 B18 B19 B21 D6 F11",
     "architectures with other fused projections": "B16 C3",
 }
 

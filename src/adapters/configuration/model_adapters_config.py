@@ -130,6 +130,13 @@ class ModelAdaptersConfig(Collection[str]):
             raise ConfigError(f"add_adapter({name!r}): the configuration {config!r} is empty; give one or None.")
         self.adapters[name] = _store(loaded, self.config_map)
 
+    def change(self, name: str, **fields: Any) -> None:
+        """Change fields in the configuration of an adapter, in every member of a union that has them."""
+        config: Any = self.get(name)
+        former, self.adapters[name] = self.adapters[name], _store(config.replace(**fields), self.config_map)
+        if former not in self.adapters.values():
+            self.config_map.pop(former, None)
+
     def remove(self, name: str) -> None:
         """Forget an adapter, and its configuration if no other adapter has it.
 

@@ -1,6 +1,6 @@
 """Prefix tuning: learned keys and values in front of those of an attention."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,16 @@ class PrefixGroup(nn.Module):
         """(2, heads, p, head width) the keys and values of the `index`-th layer."""
         return self._kept.get(index, self.parameters(), lambda: self._compute(index))
 
+    @torch.no_grad()
+    def eject(self) -> None:
+        """Make the prefixes themselves the parameter, in the place of what they are computed from."""
+        if isinstance(self.control_trans, nn.Parameter):
+            return
+        flat = self.control_trans(self.wte.weight).flatten()
+        trained = self.wte.weight.requires_grad
+        del self.wte, self.control_trans
+        self.control_trans = nn.Parameter(flat, requires_grad=trained)
+
     def _compute(self, index: int) -> Tensor:
         if isinstance(self.control_trans, nn.Parameter):
             slots = self.control_trans.view(self.length, self.layers, -1)[:, index]
@@ -176,3 +186,16 @@ class Prefix(AdapterModule[PrefixSignal]):
             self.report_gate(gate)
             key, value = (part * gate[:, index, None, None, None] for part, index in ((key, 0), (value, -1)))
         return signal.with_prefix(key, value)
+
+
+def eject(name: str, modules: Iterable[nn.Module]) -> None:
+    """Make the prefixes among an adapter's modules flat.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    groups = [part for module in modules for part in module.modules() if isinstance(part, PrefixGroup)]
+    if not groups:
+        raise AdapterError(f"eject_prefix_tuning({name!r}): the adapter has no prefix; give one of prefix tuning.")
+    for group in groups:
+        group.eject()
