@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from .sitemap import SiteMap
 
 T = TypeVar("T")
+Reports = dict[str, dict[int, dict[str, list[tuple[int, Tensor]]]]]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a pass was asked to report: name -> layer -> location -> values (b, …)."""
+    """What a pass was asked to report: name -> layer -> location -> values (b, …), each with its place among them."""
 
-    gating_scores: dict[str, dict[int, dict[str, list[Tensor]]]] | None = None
-    fusion_attentions: dict[str, dict[int, dict[str, list[Tensor]]]] | None = None
+    gating_scores: Reports | None = None
+    fusion_attentions: Reports | None = None
 
     @classmethod
     def of(cls, gating_scores: bool, fusion_attentions: bool) -> Self | None:
@@ -40,7 +41,7 @@ class Record:
         return cls(_nested() if gating_scores else None, _nested() if fusion_attentions else None)
 
 
-def _nested() -> dict[str, dict[int, dict[str, list[Tensor]]]]:
+def _nested() -> Reports:
     return defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
 
 

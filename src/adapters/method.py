@@ -31,7 +31,7 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
     common: the names of the parameters that adapters may have in common (``share_parameters``);
     container: the name under which such modules stand in a state dict (``<site>.<container>.<adapter>.…``);
     shared_container: the same for what the modules of one adapter share, at the base model;
-    name, layer, location: whose module this is and where, set by the site that takes it in;
+    name, layer, location, order: whose module this is and where, and the site's number, set by the site;
     transforms_input: at a linear map, ``transform_input`` says what the map is given in place of x.
     """
 
@@ -40,6 +40,7 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
     name: str
     layer: int
     location: str
+    order: int
     shared_container: ClassVar[str] = "shared_parameters"
     transforms_input: ClassVar[bool] = False
     site_type: ClassVar[type[Site]]
@@ -103,7 +104,7 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
         """Note the gate (b, k) where the forward call asks for ``output_adapter_gating_scores``."""
         forward = current()
         if forward is not None and forward.record is not None and forward.record.gating_scores is not None:
-            forward.record.gating_scores[self.name][self.layer][self.location].append(gate.detach())
+            forward.record.gating_scores[self.name][self.layer][self.location].append((self.order, gate.detach()))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The weight (out, in) of the site's linear map with this adapter worked in."""

@@ -144,7 +144,8 @@ class Site:
 
     def put(self, name: str, module: AdapterModule[Any]) -> None:
         """Take in an adapter."""
-        vars(module).update(name=name, layer=self.layer, location=self.location)  # nn.Module's own way is slow
+        known = {"name": name, "layer": self.layer, "location": self.location, "order": self.index}
+        vars(module).update(known)  # nn.Module's own way is slow
         self._register(module.container, name, module)
         self.adapters[name] = module
         self._groups = {}

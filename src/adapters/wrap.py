@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -331,18 +332,22 @@ def _with_record(output: Any, record: Record) -> Any:
 
 
 def _plain(records: Any) -> Any:
-    """The record as plain dicts of arrays; several values of one place stand in columns."""
+    """The record as plain dicts of arrays."""
     if records is None:
         return None
     return {
         name: {
-            layer: {
-                location: torch.cat(values, -1).squeeze(-1).float().cpu().numpy() for location, values in places.items()
-            }
+            layer: {location: _columns(values) for location, values in places.items()}
             for layer, places in layers.items()
         }
         for name, layers in records.items()
     }
+
+
+def _columns(values: list[tuple[int, Tensor]]) -> Any:
+    """The values of one place as an array, several of them in columns, in the order of their sites."""
+    ordered = [value for _, value in sorted(values, key=itemgetter(0))]
+    return torch.cat(ordered, -1).squeeze(-1).float().cpu().numpy()
 
 
 ENCODER_STEPS = ("_maybe_prepare_encoder_kwargs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation")

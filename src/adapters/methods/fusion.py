@@ -254,7 +254,7 @@ class Fusion(nn.Module):
         weights = scores.softmax(-1)
         forward = current()
         if forward is not None and forward.record is not None and forward.record.fusion_attentions is not None:
-            forward.record.fusion_attentions[self.name][self.layer][self.location].append(weights.detach())
+            forward.record.fusion_attentions[self.name][self.layer][self.location].append((0, weights.detach()))
         return weights
 
     def regularisation(self) -> Tensor | None:
