@@ -20,6 +20,7 @@ from torch import nn
 
 import adapters
 
+from .methods import table_of_methods
 from .models import (
     BERT_BASE,
     MINILM,
@@ -53,20 +54,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="how often all is timed (batch 1: four times that)")
     parser.add_argument("--shapes", nargs="*", choices=["MiniLM", "BERT-base"], help="only these (default: both)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the command out")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks.md"), help="the report")
+    parser.add_argument(
+        "--output", type=Path, help="the report (default: docs/benchmarks.md, or docs/benchmarks-methods.md)"
+    )
+    parser.add_argument("--methods", nargs="*", help="each method next to PEFT, and nothing else (default: all)")
+    parser.add_argument("--reference", help="with --methods: the interpreter of an environment with adapters 1.3.0")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     shapes = [TINY] if arguments.tiny else [
         shape for shape in (MINILM, BERT_BASE) if not arguments.shapes or shape.name in arguments.shapes
     ]  # fmt: skip
+    by_methods = arguments.methods is not None
+    output = arguments.output or Path("docs/benchmarks-methods.md" if by_methods else "docs/benchmarks.md")
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-    parts: list[str] = [HEADER.format(length=LENGTH, command=command, machine=machine())]
-    for part in measure(shapes, arguments.rounds):
+    parts: list[str] = [HEADER.format(command=command, machine=machine(), length=LENGTH)]
+    parts += [] if by_methods else [VARIANTS_NOTE]
+    measured = by_method(shapes[0], arguments) if by_methods else measure(shapes, arguments.rounds)
+    for part in measured:
         print(part, flush=True)
         parts.append(part)
-    arguments.output.write_text("\n".join(parts), "utf-8")
-    print(f"Written to {arguments.output}")
+    output.write_text("\n".join(parts), "utf-8")
+    print(f"Written to {output}")
+
+
+def by_method(shape: Shape, arguments: argparse.Namespace) -> Iterator[str]:
+    """One table of all methods."""
+    rows = table_of_methods(shape, arguments.rounds, arguments.reference, arguments.methods)
+    yield f"## Methods, {shape.name} shape, batch 8\n\n{METHODS_NOTE}\n{table([tuple(row) for row in rows])}"
 
 
 def measure(shapes: list[Shape], rounds: int) -> Iterator[str]:
@@ -205,10 +220,17 @@ HEADER = """# Benchmarks
 Written by `{command}`: {machine}.
 
 One thread, random weights, float32, {length} tokens. In each round every variant runs once, in a new order, in one
-process; the numbers are ratios of the least CPU times. "bare, again" is the bare model a second time: how far it is
-from 1 is the noise. A training step is forward, backward and AdamW; "bare" is full fine-tuning there. "inactive" has
-one adapter of each method, none active. LoRA has r = 8 on queries and values, the bottleneck adapter is `seq_bn`,
-prefixes have 30 tokens (reparametrised, width 512), in PEFT too. PEFT has no bottleneck adapters.
+process; the numbers are ratios of the least CPU times.
+"""
+
+VARIANTS_NOTE = """The bare model is there twice: how far "bare, again" is from 1 is the noise. A training step is
+forward, backward and AdamW; "bare" is full fine-tuning there. "inactive" has one adapter of each method, none active.
+LoRA has r = 8 on queries and values, the bottleneck adapter is `seq_bn`, prefixes have 30 tokens (reparametrised,
+width 512), in PEFT too. PEFT has no bottleneck adapters.
+"""
+
+METHODS_NOTE = """Ratios to the frozen model with its head in training, in the same process: 1.3.0 runs in an
+interpreter of its own with transformers 4. Sizes are the same in every library.
 """
 
 

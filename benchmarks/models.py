@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import peft
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -65,6 +64,8 @@ def adapted(base: nn.Module, method: str) -> nn.Module:
 
 def with_peft(base: nn.Module, method: str) -> nn.Module:
     """The same shapes in PEFT, which has no bottleneck adapters."""
+    import peft  # here, since the interpreter of 1.3.0 has none
+
     configs = {
         "LoRA": peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=8, target_modules=["query", "value"]),
         "prefix": peft.PrefixTuningConfig(

@@ -20,3 +20,13 @@ def test_benchmarks_report_every_measurement(tmp_path):
     for row in ("inactive", "LoRA", "bottleneck", "prefix", "PEFT LoRA", "PEFT prefix", "`adapters.init`"):
         assert f"| {row} " in written
         assert f"| {row} " in printed
+
+
+def test_methods_are_compared_with_peft(tmp_path):
+    pytest.importorskip("peft")
+    report = tmp_path / "methods.md"
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--rounds=1", f"--output={report}", "--methods"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([*command, "LoRA", "bottleneck"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    rows = [line.split("|") for line in report.read_text("utf-8").splitlines() if line.startswith(("| LoRA", "| bott"))]
+    assert [[bool(cell.strip()) for cell in row[2:5]] for row in rows] == [[True, True, False], [True, False, False]]
