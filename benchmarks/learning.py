@@ -26,7 +26,8 @@ from adapters import __version__ as adapters_version
 from .methods import METHODS
 
 TRAINED = {name: method.old for name, method in METHODS.items() if method.old}
-RATES = {"(IA)³": 2e-2, "VeRA": 2e-2, "DvoRA": 2e-2, "prompt tuning": 2e-2, "LoReFT": 1e-2, "DiReFT": 1e-2}
+RATES = dict.fromkeys(("(IA)³", "VeRA", "DvoRA", "prompt tuning"), 2e-2)
+RATES |= dict.fromkeys(("parallel bottleneck", "double bottleneck", "prefix tuning", "LoReFT", "DiReFT", "MAM"), 1e-3)
 RATE, BATCH, TOKENS, HELD_OUT = 3e-3, 16, 48, 200
 Losses = dict[str, dict[str, list[float]]]
 
@@ -141,9 +142,10 @@ def report(here: Losses, there: Losses, arguments: argparse.Namespace) -> str:
         f"Written by `python -m benchmarks.learning`, {date.today()}: the first {arguments.layers} layers of MiniLM",
         f"on the topics of BBC news, {arguments.steps} steps of {BATCH} articles of {TOKENS} tokens, AdamW, dropout 0.",
         "Data, rates and seeds are the same in both columns. Numbers are means over seeds, of which there are",
-        f"{arguments.seeds}; the loss at the start is {_start(here):.2f}. What differs by more than rounding comes",
-        "from another order of random draws, or from defects of 1.3.0 that",
-        "[migrating.md](migrating.md) lists.",
+        f"{arguments.seeds}; the loss at the start is {_start(here):.2f}. Random draws come in another order in some",
+        "methods, so with few seeds a difference may be chance. Known causes: 1.3.0's VeRA trains matrices in the place",
+        "of vectors, its DoRA scales the bias, and with prompt tuning its head reads a prompt vector and not the first",
+        "token, which learns faster; [migrating.md](migrating.md) lists these.",
         "",
         "| method | configuration | rate | held-out loss here | 1.3.0 | last ten steps here | 1.3.0 |",
         "|---|---|---|---|---|---|---|",
