@@ -70,7 +70,7 @@ def fields_of(config: type[AdapterConfig]) -> list[Row]:
         made = field.default_factory is not dataclasses.MISSING
         value = field.default_factory() if made else field.default
         default = "required" if value is dataclasses.MISSING else f"`{value!r}`"
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         rows.append((f"`{field.name}`", f"`{kind}`", default))
     return rows
 
