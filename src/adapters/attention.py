@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .composition import Setup
-from .containers import child, remove_child
 from .errors import AdapterError
 from .evaluation import evaluate
 from .interfaces import PREFIX_LOCATIONS
@@ -58,6 +57,7 @@ class AttentionSite(Site):
 
     kind = "attention"
     locations: ClassVar[dict[str, str]] = {"self_attention": "self_prefix", "cross_attention": "cross_prefix"}
+    holder = "prefix_tuning"
 
     def __init__(
         self, place: Place, core: nn.Module, heads: int, head_width: int, width: int, own_name: str | None = None
@@ -85,19 +85,6 @@ class AttentionSite(Site):
                 place = Place(block.layer, block.stack, block.path, core.path, core.role)
                 width = core.projections["q"].inputs
                 yield cls(place, core.module, core.key_heads, core.head_width, width, own_name)
-
-    @property
-    def path(self) -> str:
-        """Below the attention module."""
-        return f"{self.host_path}.prefix_tuning"
-
-    def mount(self) -> nn.Module:
-        """A container in the attention module."""
-        return child(self.host, "prefix_tuning")
-
-    def unmount(self) -> None:
-        """Remove the container."""
-        remove_child(self.host, "prefix_tuning")
 
     def attach(self) -> list[RemovableHandle]:
         """Give the attention module its view of the config, and note the hidden states it is called with."""

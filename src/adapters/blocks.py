@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
-from .containers import child, remove_child
 from .context import Forward, current
 from .evaluation import evaluate
 from .signals import HiddenSignal
@@ -45,6 +44,7 @@ class BlockSite(Site):
 
     kind = "block"
     locations: ClassVar[dict[str, str]] = {"block": "output_reft"}
+    holder = "reft_layer"
 
     def __init__(self, place: Place, block: nn.Module, width: int) -> None:
         """width: d of the hidden states."""
@@ -57,19 +57,6 @@ class BlockSite(Site):
         for block in anatomy.blocks:
             place = Place(block.layer, block.stack, block.path, block.path, "block")
             yield cls(place, block.module, block.cores[0].projections["q"].inputs)
-
-    @property
-    def path(self) -> str:
-        """In the block."""
-        return f"{self.layer_path}.reft_layer"
-
-    def mount(self) -> nn.Module:
-        """A container in the block."""
-        return child(self.host, "reft_layer")
-
-    def unmount(self) -> None:
-        """Remove the container."""
-        remove_child(self.host, "reft_layer")
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the block's output."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,14 @@ class Forward:
             self._kept[key] = compute()
         value: T = self._kept[key]
         return value
+
+
+def report(kind: Literal["gating_scores", "fusion_attentions"], module: Any, values: Tensor) -> None:
+    """Note values (b, …) of a module, where the pass was asked for that `kind` of report, a field of ``Record``."""
+    record = None if state.forward is None else state.forward.record
+    reports = None if record is None else getattr(record, kind)
+    if reports is not None:
+        reports[module.name][module.layer][module.location].append((module.order, values.detach()))
 
 
 class _State(threading.local):

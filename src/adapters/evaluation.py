@@ -10,7 +10,6 @@ import torch
 
 from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Route, Rows, Setup, Split, Stack
 from .errors import CompositionError
-from .grouping import ROWS_PER_MODULE
 from .signals import Signal
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def _evaluate_rows(tree: Block, sizes: Sequence[int], signal: S, site: Site) -> 
     group = site.group(tree)
     if group is not None and group.complete and len(set(sizes)) == 1:
         return group.apply(signal, None)
-    if group is not None and len(signal) <= ROWS_PER_MODULE * len(group.modules):
+    if group is not None and group.suits(len(signal)):
         return group.apply(signal, [child for child, size in enumerate(sizes) for _ in range(size)])
     return _evaluate_parts(tree.children, sizes, signal, site)
 
@@ -98,11 +97,7 @@ def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
 
 
 def _evaluate_tasks(tree: MultiTask, signal: S, site: Site) -> S:
-    tasks = site.task_ids(tree)
-    if signal.rows is not None:
-        tasks = tasks[signal.rows]
-    elif site.rows_are_expanded and len(tasks) and len(signal) % len(tasks) == 0:
-        tasks = tasks.repeat_interleave(len(signal) // len(tasks))
+    tasks = signal.own(site.task_ids(tree), site.rows_are_expanded)
     if not isinstance(tree, Rows) and (
         len(tasks) != len(signal) or int(tasks.min()) < 0 or int(tasks.max()) >= len(tree)
     ):
@@ -111,7 +106,7 @@ def _evaluate_tasks(tree: MultiTask, signal: S, site: Site) -> S:
             f"{len(tree) - 1}, or a child's name."
         )
     group = site.group(tree)
-    if group is not None and len(signal) <= ROWS_PER_MODULE * len(group.modules):
+    if group is not None and group.suits(len(signal)):
         return group.apply(signal, tasks)
     order = torch.argsort(tasks, stable=True)
     sizes = torch.bincount(tasks, minlength=len(tree)).tolist()

@@ -39,6 +39,10 @@ class Group:
         count = sum(module is not None for module in children)
         return cls(children) if count > 1 and len(keys) == 1 and next(iter(keys))[1] is not None else None
 
+    def suits(self, rows: int) -> bool:
+        """Whether one call for so many rows in any order is faster than a call for each adapter."""
+        return rows <= ROWS_PER_MODULE * len(self.modules)
+
     def apply(self, signal: S, children: Sequence[int] | Tensor | None) -> S:
         """What the adapters make of the signal.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration.base import AdapterConfig
-from .context import current
+from .context import report
 from .errors import AdapterError, CompositionError
 from .grouping import Group
 from .signals import Signal
@@ -102,9 +102,7 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
 
     def report_gate(self, gate: Tensor) -> None:
         """Note the gate (b, k) where the forward call asks for ``output_adapter_gating_scores``."""
-        forward = current()
-        if forward is not None and forward.record is not None and forward.record.gating_scores is not None:
-            forward.record.gating_scores[self.name][self.layer][self.location].append((self.order, gate.detach()))
+        report("gating_scores", self, gate)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The weight (out, in) of the site's linear map with this adapter worked in."""

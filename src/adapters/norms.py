@@ -78,15 +78,6 @@ class NormSite(Site):
                 yield cls(Place(layer, stack, layer_path, path, "norm"), module)
 
     @property
-    def path(self) -> str:
-        """The norm's own path."""
-        return self.place.host_path
-
-    def mount(self) -> nn.Module:
-        """The norm itself."""
-        return self.host
-
-    @property
     def weight(self) -> Tensor:
         """w (d,)."""
         return self.host.get_parameter("weight")

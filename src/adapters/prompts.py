@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .composition import Setup
-from .containers import child, remove_child
 from .context import state
 from .errors import AdapterError
 from .evaluation import evaluate
 from .interfaces import POSITIONS_FROM_MASK
 from .layouts import TARGETS, Layout, PromptSignal, Target
 from .sites import Place, Site
-from .topology import Anatomy
+from .topology import Anatomy, path_of
 
 
 class Kept(threading.local):
@@ -52,6 +51,7 @@ class PromptSite(Site):
 
     kind = "prompt"
     locations: ClassVar[dict[str, str]] = {"": "prompt"}
+    holder = "prompt_tuning"
 
     def __init__(self, place: Place, stack: nn.Module, anatomy: Anatomy, width: int) -> None:
         """stack: the model or its encoder; width: d of the embeddings."""
@@ -74,7 +74,7 @@ class PromptSite(Site):
         model = anatomy.base_model
         encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         stack = model.get_encoder() if encoder_decoder else model
-        path = next((path for path, module in model.named_modules() if module is stack), None)
+        path = path_of(model, stack)
         if path is None:
             return
         if "inputs_embeds" in _parameters(stack):
@@ -86,17 +86,9 @@ class PromptSite(Site):
         yield cls(Place(-1, "encoder" if encoder_decoder else "", "", path, ""), stack, anatomy, width)
 
     @property
-    def path(self) -> str:
-        """In the base model."""
-        return "prompt_tuning"
-
-    def mount(self) -> nn.Module:
-        """A container in the base model."""
-        return child(self.base_model, self.path)
-
-    def unmount(self) -> None:
-        """Remove the container."""
-        remove_child(self.base_model, self.path)
+    def root(self) -> tuple[str, nn.Module]:
+        """The base model."""
+        return "", self.base_model
 
     @property
     def reference(self) -> Tensor:

@@ -43,6 +43,17 @@ class Signal:
         """(b, s, d) what a gate looks at."""
         return next(iter(self.tensors().values()))
 
+    def own(self, values: Tensor, expanded: bool) -> Tensor:
+        """Of one value for each row of the model's batch those of this signal's rows.
+
+        expanded: ``generate`` may have repeated each row in place, for its beams, so that there are too few values.
+        """
+        if self.rows is not None:
+            return values[self.rows.to(values.device)]
+        if expanded and len(values) and len(self) % len(values) == 0:
+            return values.repeat_interleave(len(self) // len(values))
+        return values
+
     def take(self, index: slice | Tensor) -> Self:
         """The given rows."""
         tensors = self.tensors()

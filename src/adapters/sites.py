@@ -66,10 +66,14 @@ class Place:
 
 
 class Site:
-    """Owns the adapters of one place and sends its signal through the composition in force there."""
+    """Owns the adapters of one place and sends its signal through the composition in force there.
+
+    holder: the name of a container in ``root`` that is made for the adapters' parameters; "" if they need none.
+    """
 
     kind: ClassVar[str]
     locations: ClassVar[dict[str, str]]
+    holder: str = ""
 
     def __init__(self, place: Place, host: nn.Module) -> None:
         """Note the place; nothing is registered or hooked before the first adapter."""
@@ -99,16 +103,24 @@ class Site:
         return self.locations[self.place.role]
 
     @property
+    def root(self) -> tuple[str, nn.Module]:
+        """The module in which the adapters' parameters are registered, with its path relative to the base model."""
+        return self.host_path, self.host
+
+    @property
     def path(self) -> str:
         """Where the adapters' parameters are registered, relative to the base model."""
-        raise NotImplementedError
+        return ".".join(filter(None, (self.root[0], self.holder)))
 
     def mount(self) -> nn.Module:
         """The module at `path`, made if need be."""
-        raise NotImplementedError
+        root = self.root[1]
+        return child(root, self.holder) if self.holder else root
 
     def unmount(self) -> None:
         """Remove what ``mount`` made."""
+        if self.holder:
+            remove_child(self.root[1], self.holder)
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the host."""
@@ -276,7 +288,7 @@ class LinearSite(Site):
     ) -> None:
         """inputs, outputs: the map's widths; start: its first output in a fused one; source: the stack of its input."""
         super().__init__(place, host)
-        self.inputs, self.outputs, self.start = inputs, outputs, start
+        self.inputs, self.outputs, self.start, self.holder = inputs, outputs, start, place.part
         self.source = place.stack if source is None else source
 
     @classmethod
@@ -309,20 +321,6 @@ class LinearSite(Site):
     def map(self, x: Tensor) -> Tensor:
         """W x, without bias, for any x (…, in)."""
         return linear(x, self.weight)
-
-    @property
-    def path(self) -> str:
-        """The host's own path; with the part below it for a slice."""
-        return f"{self.host_path}.{self.part}" if self.part else self.host_path
-
-    def mount(self) -> nn.Module:
-        """The host itself, or a container in it for a slice."""
-        return child(self.host, self.part) if self.part else self.host
-
-    def unmount(self) -> None:
-        """Remove the container of a slice."""
-        if self.part:
-            remove_child(self.host, self.part)
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the output of the map."""

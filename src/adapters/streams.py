@@ -13,7 +13,7 @@ from .errors import AdapterError
 from .evaluation import evaluate
 from .signals import HiddenSignal
 from .sites import Place, Site
-from .topology import Anatomy, linear_shape
+from .topology import Anatomy, input_embeddings, linear_shape, path_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class EmbeddingSite(Site):
 
     kind = "embedding"
     locations: ClassVar[dict[str, str]] = {"embedding": "invertible"}
-    path = ""
 
     def __init__(self, place: Place, host: nn.Module, base_model: nn.Module, width: int, at_entry: bool) -> None:
         """at_entry: the embeddings enter the host, in place of leaving it; width: e."""
@@ -53,9 +52,10 @@ class EmbeddingSite(Site):
             width = getattr(model.config, "embedding_size", width)
         yield cls(Place(-1, block.stack, "", path, "embedding"), host, model, width, found is None)
 
-    def mount(self) -> nn.Module:
+    @property
+    def root(self) -> tuple[str, nn.Module]:
         """The base model."""
-        return self.base_model
+        return "", self.base_model
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the embeddings and the way back."""
@@ -135,12 +135,9 @@ class Inverse:
 def _embeddings_module(anatomy: Anatomy) -> tuple[str, nn.Module] | None:
     """The largest module around the table of input embeddings that holds no block; None if that is the table itself."""
     model = anatomy.base_model
-    try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:
-        return None
-    path = next((path for path, module in model.named_modules() if module is table), "")
-    names = path.split(".")
+    table = input_embeddings(model)
+    path = None if table is None else path_of(model, table)
+    names = (path or "").split(".")
     blocks = {block.module for block in anatomy.blocks}
     for depth in range(1, len(names)):
         around = ".".join(names[:depth])

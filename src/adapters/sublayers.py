@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .composition import Fuse
-from .containers import child, remove_child
 from .evaluation import evaluate
 from .signals import Signal, SublayerSignal
 from .sites import Kept, Place, Site
@@ -38,7 +37,7 @@ class SublayerSite(Site):
     def __init__(self, place: Place, block: nn.Module, sublayer: Sublayer, width: int) -> None:
         """width: d of the hidden states (b, s, d)."""
         super().__init__(place, block)
-        self.sublayer, self.width = sublayer, width
+        self.sublayer, self.width, self.holder = sublayer, width, self.names[place.role]
         self.fusions: dict[str, nn.Module] = {}
         self._kept = Kept()
 
@@ -50,19 +49,6 @@ class SublayerSite(Site):
             for role, sublayer in found.get(block.path, {}).items():
                 width = block.cores[0].projections["q"].inputs
                 yield cls(Place(block.layer, block.stack, block.path, block.path, role), block.module, sublayer, width)
-
-    @property
-    def path(self) -> str:
-        """In the block, named for the sub-layer."""
-        return f"{self.layer_path}.{self.names[self.role]}"
-
-    def mount(self) -> nn.Module:
-        """A container in the block."""
-        return child(self.host, self.names[self.role])
-
-    def unmount(self) -> None:
-        """Remove the container."""
-        remove_child(self.host, self.names[self.role])
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the sub-layer's entry, exit and norm."""

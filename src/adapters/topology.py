@@ -99,6 +99,20 @@ def read_blocks(base_model: nn.Module) -> list[Block]:
     return blocks
 
 
+def input_embeddings(model: Any) -> nn.Module | None:
+    """What makes embeddings of the model's input; None if transformers does not know."""
+    try:
+        found: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str | None:
+    """The path of a module in a model; None if it is no part of it."""
+    return next((path for path, part in model.named_modules() if part is module), None)
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear map, of whichever class; None for any other module."""
     if not _takes_one_tensor(type(module).forward):

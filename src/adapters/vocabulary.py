@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .containers import child, remove_child
 from .evaluation import evaluate
 from .signals import Signal
 from .sites import LinearSite, Place, Site
-from .topology import Anatomy, linear_shape
+from .topology import Anatomy, input_embeddings, linear_shape, path_of
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class LookupSite(Site):
         """One, if the model reads tokens."""
         table = input_table(anatomy.base_model)
         if table is not None:
-            path = next(path for path, module in anatomy.base_model.named_modules() if module is table)
+            path = path_of(anatomy.base_model, table)
             stack = anatomy.blocks[0].stack if anatomy.blocks else ""
-            yield cls(Place(-1, stack, "", path, "embedding"), table)
+            yield cls(Place(-1, stack, "", path or "", "embedding"), table)
 
     @property
     def weight(self) -> Tensor:
@@ -63,15 +62,6 @@ class LookupSite(Site):
         """Whether the map from hidden states to words has the same weight."""
         output: Any = self.owner.anatomy.output
         return output is not None and output.weight is self.host.weight
-
-    @property
-    def path(self) -> str:
-        """The table's own path."""
-        return self.place.host_path
-
-    def mount(self) -> nn.Module:
-        """The table."""
-        return self.host
 
     def attach(self) -> list[RemovableHandle]:
         """Hook every table that may share the weight: encoder and decoder can have one each, tied later."""
@@ -101,6 +91,7 @@ class OutputSite(LinearSite):
     def __init__(self, place: Place, output: nn.Module) -> None:
         inputs, outputs = linear_shape(output) or (0, 0)
         super().__init__(place, output, inputs, outputs)
+        self.holder = "output_embeddings"
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Self]:
@@ -117,17 +108,9 @@ class OutputSite(LinearSite):
         return table is not None and table.weight is self.host.weight
 
     @property
-    def path(self) -> str:
-        """A place at the base model, which has no head itself."""
-        return "output_embeddings"
-
-    def mount(self) -> nn.Module:
-        """The container at the base model."""
-        return child(self.owner.anatomy.base_model, self.path)
-
-    def unmount(self) -> None:
-        """Remove it."""
-        remove_child(self.owner.anatomy.base_model, self.path)
+    def root(self) -> tuple[str, nn.Module]:
+        """The base model, which has no head itself."""
+        return "", self.owner.anatomy.base_model
 
     def follow(self, output: nn.Module | None) -> None:
         """Sit at `output` from now on, if it has the same shape."""
@@ -146,10 +129,7 @@ class OutputSite(LinearSite):
 
 def input_table(base_model: Any) -> nn.Embedding | None:
     """The table of token embeddings; None if the model does not read tokens."""
-    try:
-        found = base_model.get_input_embeddings()
-    except NotImplementedError:
-        return None
+    found = input_embeddings(base_model)
     return found if isinstance(found, nn.Embedding) else None
 
 

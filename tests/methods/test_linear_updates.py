@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft_models import noisy
 from tiny_models import EVERYWHERE, MORE_METHODS, adapted, disturb, generator, inputs, output, plain, run
 
 import adapters
@@ -43,13 +44,7 @@ each_case = pytest.mark.parametrize("name", CASES)
 
 def theirs(name: str):
     """PEFT's model with noise on its adapter."""
-    model = peft.get_peft_model(plain("bert"), CASES[name][1])
-    source = generator(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=source) * 0.2)
-    return model.eval()
+    return noisy(plain("bert"), CASES[name][1], generator(name))
 
 
 @torch.no_grad()

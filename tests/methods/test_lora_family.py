@@ -6,6 +6,7 @@ import math
 import peft
 import pytest
 import torch
+from peft_models import noisy
 from tiny_models import CONFIGS, EVERYWHERE, LORA_FAMILY, MORE_METHODS, adapted, disturb, generator, inputs, plain, run
 
 import adapters
@@ -55,13 +56,7 @@ def biased(model):
 
 def theirs(name: str, method: str):
     """PEFT's model with noise on its adapter."""
-    model = peft.get_peft_model(biased(plain(name)), CASES[method][1](TARGETS[name]))
-    source = generator(method)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=source) * 0.2)
-    return model.eval()
+    return noisy(biased(plain(name)), CASES[method][1](TARGETS[name]), generator(method))
 
 
 def ours(name: str, method: str, other):

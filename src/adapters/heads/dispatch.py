@@ -17,7 +17,8 @@ CONSUMED = frozenset({"last_hidden_state", "pooler_output"})
 CHOICE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 HeadSetup = str | Sequence[str] | Block | None
-Rows = slice | list[int]
+Selection = slice | list[int]
+"""Rows of a batch."""
 
 
 @dataclass
@@ -84,7 +85,7 @@ class HeadPlan:
         names = tuple(dict.fromkeys(last))
         return cls(names, assignment=tuple(names.index(last[number]) for number in assignment))
 
-    def rows(self, total: int, channels: int, repeated: bool) -> list[Rows] | None:
+    def rows(self, total: int, channels: int, repeated: bool) -> list[Selection] | None:
         """The rows of each head in a batch of ``total`` rows; None if every head takes all.
 
         ``repeated``: ``generate`` may have repeated each row in place, for beams and for return sequences.
@@ -116,13 +117,13 @@ class HeadPlan:
         return windows([total // channels] * channels)
 
 
-def windows(sizes: Sequence[int]) -> list[Rows]:
+def windows(sizes: Sequence[int]) -> list[Selection]:
     """Consecutive slices of these lengths."""
     ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def take_rows(value: Any, rows: Rows, total: int) -> Any:
+def take_rows(value: Any, rows: Selection, total: int) -> Any:
     """These rows of every tensor of the batch in ``value``; what has no batch of ``total`` rows stays whole."""
     if isinstance(value, torch.Tensor):
         return value[rows] if value.dim() and len(value) == total else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +45,6 @@ class AdaLoRAConfig(LinearUpdateConfig):
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     total_step: int | None = None
-    attn_matrices: list[str] = field(default_factory=lambda: ["q", "v"])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,11 +191,12 @@ def _allocate(modules: list[AdaLoRA], step: int, total: int) -> None:
     for module in modules:
         module.observe()
     allowed, due = budget(config, step, total, len(modules))
-    scores = torch.cat([module.importance() for module in modules])
-    if due and allowed < len(scores):
-        threshold = scores.kthvalue(len(scores) - allowed).values
-        for module in modules:
-            chosen = module.importance() > threshold
+    scores = [module.importance() for module in modules]
+    count = sum(map(len, scores))
+    if due and allowed < count:
+        threshold = torch.cat(scores).kthvalue(count - allowed).values
+        for module, own in zip(modules, scores, strict=True):
+            chosen = own > threshold
             module.keep(chosen)
             if step == last:
                 module.kept.copy_(chosen)

@@ -1,6 +1,7 @@
 """BitFit: training of the biases alone."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from ..configuration.registry import register_architecture, register_config
 from ..errors import AdapterError
 from ..method import AdapterModule, register
 from ..norms import NormSignal, NormSite
-from ..signals import LinearSignal
+from ..signals import LinearSignal, Signal
 from ..sites import LinearSite
 from .lora import ATTENTION_MATRICES
+
+S = TypeVar("S", bound=Signal)
 
 
 @dataclass(eq=False)
@@ -49,8 +52,32 @@ register_architecture("bitfit", BitFitConfig)
 register_config("bitfit", BitFitConfig())
 
 
+class BiasChange(AdapterModule[S]):
+    """Δb, which is merged into the bias of its site."""
+
+    container = "bias_adapters"
+
+    def __init__(self, site: LinearSite | NormSite, width: int) -> None:
+        super().__init__()
+        self.site: Any = site
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W."""
+        if self.site.bias is None:
+            raise AdapterError(
+                f"merge_adapter: {self.site.host_path} has no bias that BitFit could be merged into; keep the adapter "
+                "active instead, or add it without missing_too."
+            )
+        return weight
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """b + Δb."""
+        return bias + self.bias.to(bias.dtype)
+
+
 @register(BitFitConfig, LinearSite)
-class BitFit(AdapterModule[LinearSignal]):
+class BitFit(BiasChange[LinearSignal]):
     """y = Wx + b + Δb
 
     A linear map with its own bias. Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
@@ -59,12 +86,8 @@ class BitFit(AdapterModule[LinearSignal]):
     Start: identity (zeros). Merges: yes, where the model has a bias.
     """
 
-    container = "bias_adapters"
-
     def __init__(self, config: BitFitConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
-        super().__init__()
-        self.site = site
-        self.bias = nn.Parameter(torch.zeros(site.outputs))
+        super().__init__(site, site.outputs)
 
     @classmethod
     def wants(cls, config: BitFitConfig, site: LinearSite) -> bool:
@@ -79,26 +102,13 @@ class BitFit(AdapterModule[LinearSignal]):
         """See the class."""
         return replace(signal, output=signal.output + self.bias.to(signal.output.dtype))
 
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        """W."""
-        _check_mergeable(self.site)
-        return weight
-
-    def merged_bias(self, bias: Tensor) -> Tensor:
-        """b + Δb."""
-        return bias + self.bias.to(bias.dtype)
-
 
 @register(BitFitConfig, NormSite)
-class BitFitNorm(AdapterModule[NormSignal]):
+class BitFitNorm(BiasChange[NormSignal]):
     """y = n(x) w + b + Δb: see ``BitFit``."""
 
-    container = "bias_adapters"
-
     def __init__(self, config: BitFitConfig, site: NormSite, shared: nn.Module | None = None) -> None:
-        super().__init__()
-        self.site = site
-        self.bias = nn.Parameter(torch.zeros(site.width))
+        super().__init__(site, site.width)
 
     @classmethod
     def wants(cls, config: BitFitConfig, site: NormSite) -> bool:
@@ -114,20 +124,3 @@ class BitFitNorm(AdapterModule[NormSignal]):
             return replace(signal, output=self.site.normalise(signal.x, self.site.weight, self.merged_bias(bias)))
         output = signal.result()
         return replace(signal, output=output + self.bias.to(output.dtype))
-
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        """W."""
-        _check_mergeable(self.site)
-        return weight
-
-    def merged_bias(self, bias: Tensor) -> Tensor:
-        """b + Δb."""
-        return bias + self.bias.to(bias.dtype)
-
-
-def _check_mergeable(site: LinearSite | NormSite) -> None:
-    if site.bias is None:
-        raise AdapterError(
-            f"merge_adapter: {site.host_path} has no bias that BitFit could be merged into; keep the adapter active "
-            "instead, or add it without missing_too."
-        )

@@ -11,9 +11,9 @@ from ..configuration.base import AdapterConfig
 from ..configuration.checks import check_number
 from ..configuration.registry import register_architecture, register_config
 from ..layouts import PromptSignal
-from ..method import AdapterModule, register, weights_follow
+from ..method import register, weights_follow
 from ..prompts import PromptSite
-from .prompt_tuning import check_place, embedded, is_token_ids
+from .prompt_tuning import Prompt, check_place, embedded, is_token_ids
 
 KINDS = 4
 FIXED, TEMPLATE_BEFORE, INPUT, TEMPLATE_AFTER = 0, 1, 2, 3
@@ -61,7 +61,7 @@ register_config("cpt", CPTConfig())
 
 
 @register(CPTConfig, PromptSite)
-class CPT(AdapterModule[PromptSignal]):
+class CPT(Prompt):
     """[C + D; E] with |D_i| <= e_i
 
     The embeddings C (p, d) of a context of p tokens, plus learned D (p, d). A row of D longer than e_i is scaled to
@@ -73,14 +73,12 @@ class CPT(AdapterModule[PromptSignal]):
     answers.
     """
 
-    container = "prompt_tunings"
     embedding: Tensor
     radius: Tensor
 
     def __init__(self, config: CPTConfig, site: PromptSite, shared: Any = None) -> None:
-        super().__init__()
         ids = config.cpt_token_ids
-        self.target, self.length = site.target(config), len(ids)
+        super().__init__(config, site, len(ids))
         context = torch.zeros(len(ids), site.width) if weights_follow() else embedded(ids, config, site)
         self.register_buffer("embedding", context)
         self.delta_embedding = nn.Embedding(len(ids), site.width)
@@ -91,16 +89,7 @@ class CPT(AdapterModule[PromptSignal]):
         template = config.opt_projection_format_epsilon * unit
         self.register_buffer("radius", torch.tensor([[radii.get(kind, template)] for kind in kinds]), persistent=False)
 
-    @classmethod
-    def wants(cls, config: CPTConfig, site: PromptSite) -> bool:
-        """At every model's input."""
-        return True
-
-    def forward(self, signal: PromptSignal) -> PromptSignal:
-        """See the class."""
-        return signal.with_prompt(self.target, self.length, self.prompt)
-
-    def prompt(self) -> Tensor:
+    def prompt(self, signal: PromptSignal) -> Tensor:
         """C + D (p, d). In training the parameter itself is scaled: gradient descent with a projection."""
         delta = self.delta_embedding.weight
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """AdapterFusion: attention over the outputs of several adapters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from ..configuration.base import AdapterConfig
 from ..configuration.checks import check_fraction
 from ..configuration.files import read_config_file
-from ..context import current
+from ..context import report
 from ..derived import Derived
 from ..errors import ConfigError, suggestion
 from ..signals import SublayerSignal
@@ -152,7 +152,7 @@ class Fusion(nn.Module):
             self.register_buffer("temperature", torch.tensor(50.0))
         self.temperature: Tensor
         self._derived = Derived()
-        self.name, self.layer, self.location = "", -1, ""
+        self.name, self.layer, self.location, self.order = "", -1, "", 0
 
     def forward(self, signal: SublayerSignal, outputs: list[SublayerSignal], last: Bottleneck) -> SublayerSignal:
         """signal: what enters the sub-layer's adapters; outputs: what each made of it; last: the one that prepares."""
@@ -189,14 +189,13 @@ class Fusion(nn.Module):
         """
         last, config, sizes = modules[-1], self.config, [module.adapter_up.in_features for module in modules]
         hidden, residual = last.prepare(signal)
-        down, down_bias = self._side_by_side(modules, "down", lambda module: module.down, 0)
-        up, up_bias = self._side_by_side(modules, "up", lambda module: module.up, 1)
+        (down, down_bias), (up, up_bias) = self._side_by_side(modules)
         inner = last.adapter_down[-1](linear(hidden, down, down_bias))
         query, constant = self._key_space(self._asker(signal, hidden, last))
-        scores = _sums(linear(query, up.T) * inner, sizes) + linear(query, up_bias.view(len(modules), -1))
+        scores = _sums(linear(query, up.T) * inner, sizes) + linear(query, up_bias)
         weights = self._weights(scores if constant is None else scores + constant)
         spread = weights.repeat_interleave(torch.tensor(sizes, device=weights.device), -1, output_size=sum(sizes))
-        context = linear(spread * inner, up) + weights @ up_bias.view(len(modules), -1)
+        context = linear(spread * inner, up) + weights @ up_bias
         if self.value is not None:
             context = self.value(context + residual if config.residual_before else context)
         elif config.residual_before:
@@ -211,16 +210,16 @@ class Fusion(nn.Module):
         output = context if self.config.residual_before else context + residual
         return last.concluded(replace(signal, hidden=output, update=context))
 
-    def _side_by_side(
-        self, modules: Sequence[Bottleneck], name: str, read: Callable[[Bottleneck], tuple[Tensor, Tensor]], dim: int
-    ) -> tuple[Tensor, Tensor]:
+    def _side_by_side(self, modules: Sequence[Bottleneck]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """All D one below the other with their biases; all U beside each other, with their biases (n, d)."""
         parameters = [tensor for module in modules for tensor in module.parameters()]
 
-        def join() -> tuple[Tensor, Tensor]:
-            weights, biases = zip(*map(read, modules), strict=True)
-            return torch.cat(weights, dim), torch.cat(biases)
+        def join() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+            downs, down_biases = zip(*(module.down for module in modules), strict=True)
+            ups, up_biases = zip(*(module.up for module in modules), strict=True)
+            return (torch.cat(downs), torch.cat(down_biases)), (torch.cat(ups, 1), torch.stack(up_biases))
 
-        return self._derived.get((name, tuple(map(id, modules))), parameters, join)
+        return self._derived.get(tuple(map(id, modules)), parameters, join)
 
     def _key_space(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """K^T (Q x) and, where it is not the same for all adapters to the end, (Q x) . b_K."""
@@ -252,9 +251,7 @@ class Fusion(nn.Module):
                 with torch.no_grad():
                     self.temperature.sub_(0.05).clamp_(min=1.0)
         weights = scores.softmax(-1)
-        forward = current()
-        if forward is not None and forward.record is not None and forward.record.fusion_attentions is not None:
-            forward.record.fusion_attentions[self.name][self.layer][self.location].append((0, weights.detach()))
+        report("fusion_attentions", self, weights)
         return weights
 
     def regularisation(self) -> Tensor | None:

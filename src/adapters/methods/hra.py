@@ -13,7 +13,7 @@ from ..method import register, seeded
 from ..signals import LinearSignal
 from ..sites import LinearSite
 from .linear_method import LinearMethod, LinearMethodConfig
-from .lora import plus_low_rank
+from .products import plus_low_rank
 
 
 @dataclass(eq=False)

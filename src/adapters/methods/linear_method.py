@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
 
 from ..configuration.base import AdapterConfig
 from ..configuration.checks import check_dtype, check_fraction, check_layers, check_letters
@@ -13,7 +13,8 @@ from ..derived import Derived
 from ..method import AdapterModule
 from ..signals import LinearSignal
 from ..sites import LinearSite
-from .lora import ATTENTION_MATRICES, plus_low_rank
+from .lora import ATTENTION_MATRICES, is_placed
+from .products import plus_low_rank, plus_product
 
 
 @dataclass(eq=False)
@@ -67,8 +68,7 @@ class LinearMethod(AdapterModule[LinearSignal]):
     @classmethod
     def wants(cls, config: LinearMethodConfig, site: LinearSite) -> bool:
         """At the projections that the configuration's flags and ``attn_matrices`` name."""
-        named = site.role not in ATTENTION_MATRICES or site.role in config.attn_matrices
-        return bool(config[site.location]) and named and site.layer not in config.leave_out
+        return is_placed(config, site)
 
     @classmethod
     def asks_for(cls, config: LinearMethodConfig) -> set[str]:
@@ -128,16 +128,3 @@ class LowRankUpdate(LinearUpdate):
         """See the class."""
         down, up = self._kept.get("factors", self.sources(), self.factors)
         return plus_low_rank(signal, self.dropped(signal.x).to(down.dtype), down, up, 1.0)
-
-
-def plus_product(signal: LinearSignal, x: Tensor, weight: Tensor) -> LinearSignal:
-    """The signal with weight (out, in) times x (b, s, in) added to its output."""
-    output = signal.output
-    if not output.dtype == x.dtype == weight.dtype:
-        product = linear(x.to(weight.dtype), weight)
-        return LinearSignal(signal.rows, signal.x, output + product.to(output.dtype))
-    flat = output.flatten(0, -2)
-    if signal.owned and not torch.compiler.is_compiling() and flat.data_ptr() == output.data_ptr():
-        flat.addmm_(x.flatten(0, -2), weight.T)
-        return signal
-    return LinearSignal(signal.rows, signal.x, torch.addmm(flat, x.flatten(0, -2), weight.T).view(output.shape))

@@ -10,9 +10,9 @@ from ..configuration.registry import register_architecture, register_config
 from ..method import register, seeded
 from ..signals import LinearSignal
 from ..sites import LinearSite
-from .linear_method import LinearUpdate, plus_product
-from .lora import plus_low_rank
+from .linear_method import LinearUpdate
 from .lycoris import LycorisConfig, initialise, output_mask
+from .products import plus_low_rank, plus_product
 
 
 @dataclass(eq=False)

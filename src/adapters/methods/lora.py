@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
 
 from ..configuration.base import LATER, AdapterConfig
 from ..configuration.checks import (
@@ -31,6 +31,7 @@ from ..signals import LinearSignal
 from ..sites import LinearSite, Site
 from .lora_init import FROM_WEIGHT, KEEPS_START, factors, initialise
 from .patterns import check_pattern, check_used, value_at
+from .products import plus_low_rank
 
 ATTENTION_MATRICES = ("q", "k", "v", "o")
 RANDOM = ("lora", "bert", "ia3", "vera")
@@ -164,6 +165,12 @@ register_architecture("lora", LoRAConfig)
 register_config("lora", LoRAConfig())
 
 
+def is_placed(config: AdapterConfig, site: LinearSite) -> bool:
+    """Whether the flags of `config` for places, ``attn_matrices`` and ``leave_out`` put a module at this map."""
+    named = site.role not in ATTENTION_MATRICES or site.role in config["attn_matrices"]
+    return bool(config[site.location]) and named and site.layer not in config["leave_out"]
+
+
 class LinearChange(AdapterModule[LinearSignal]):
     """What the kinds of change that a LoRAConfig describes have in common: their places, scale and gate.
 
@@ -202,8 +209,7 @@ class LinearChange(AdapterModule[LinearSignal]):
     @classmethod
     def wants(cls, config: LoRAConfig, site: LinearSite) -> bool:
         """At the projections that the configuration's flags and ``attn_matrices`` name."""
-        named = site.location != "selfattn_lora" or site.role in config.attn_matrices
-        return bool(config[site.location]) and named and site.layer not in config.leave_out and config.rank_at(site) > 0
+        return is_placed(config, site) and config.rank_at(site) > 0
 
     @classmethod
     def asks_for(cls, config: LoRAConfig) -> set[str]:
@@ -369,29 +375,3 @@ class LoRA(LowRankChange):
         if low.dtype == signal.output.dtype:
             return replace(signal, output=grouped_linear(low, up, index, onto=signal.output, scale=scale))
         return replace(signal, output=signal.output + (grouped_linear(low, up, index) * scale).to(signal.output.dtype))
-
-
-def plus_low_rank(
-    signal: LinearSignal, x: Tensor, down: Tensor, up: Tensor, scale: float, gate: Tensor | None = None
-) -> LinearSignal:
-    """The signal with scale * gate * up down x added, in the order of calls that is the fastest for its shapes.
-
-    x: (b, s, in); down: (r, in); up: (out, r); gate: (b, 1).
-    """
-    output = signal.output
-    alike = output.dtype == x.dtype == up.dtype
-    if alike and gate is None and signal.owned:
-        low = torch.mm(down, x.flatten(0, -2).T)  # (r, b s): with few rows half the time of (b s, r)
-        flat = output.flatten(0, -2)
-        if not torch.compiler.is_compiling() and flat.data_ptr() == output.data_ptr():
-            flat.addmm_(low.T, up.T, alpha=scale)
-            return signal
-        return LinearSignal(signal.rows, signal.x, torch.addmm(flat, low.T, up.T, alpha=scale).view(output.shape))
-    low = linear(x, down)
-    if gate is not None:
-        low = low * gate[:, None]
-    if alike and output.dim() == 3:
-        output = torch.baddbmm(output, low, up.T.expand(low.shape[0], -1, -1), alpha=scale)
-    else:
-        output = output + (linear(low, up) * scale).to(output.dtype)
-    return LinearSignal(signal.rows, signal.x, output)

@@ -13,7 +13,8 @@ from ..errors import AdapterError
 from ..method import register, seeded
 from ..signals import LinearSignal
 from ..sites import LinearSite
-from .linear_method import LinearMethod, LinearMethodConfig, plus_product
+from .linear_method import LinearMethod, LinearMethodConfig
+from .products import plus_product
 
 
 @dataclass(eq=False)

@@ -12,9 +12,9 @@ from ..configuration.registry import register_architecture, register_config
 from ..context import current
 from ..errors import AdapterError
 from ..layouts import PromptSignal
-from ..method import AdapterModule, register
+from ..method import register
 from ..prompts import PromptSite
-from .prompt_tuning import check_place, check_start, starting_prompt
+from .prompt_tuning import Prompt, check_place, check_start, starting_prompt
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ register_config("multitask_prompt_tuning", MultitaskPromptTuningConfig())
 
 
 @register(MultitaskPromptTuningConfig, PromptSite)
-class MultitaskPromptTuning(AdapterModule[PromptSignal]):
+class MultitaskPromptTuning(Prompt):
     """[P * (U_k V_k); E]
 
     A shared prompt P (p, d) times U_k V_k, with U_k (p, r) and V_k (r, d) of the row's task k, element by element. Wang
@@ -64,25 +64,14 @@ class MultitaskPromptTuning(AdapterModule[PromptSignal]):
     Start: P as in prompt tuning, U and V normal with 0.02, not the identity. Merges: no.
     """
 
-    container = "prompt_tunings"
-
     def __init__(self, config: MultitaskPromptTuningConfig, site: PromptSite, shared: Any = None) -> None:
-        super().__init__()
-        self.target, self.length, self.tasks = site.target(config), config.prompt_length, config.num_tasks
+        super().__init__(config, site, config.prompt_length)
+        self.tasks = config.num_tasks
         self.embedding = starting_prompt(config, site)
         self.prefix_task_cols = nn.Parameter(torch.empty(config.num_tasks, config.prompt_length, config.num_ranks))
         self.prefix_task_rows = nn.Parameter(torch.empty(config.num_tasks, config.num_ranks, site.width))
         for factor in (self.prefix_task_cols, self.prefix_task_rows):
             nn.init.normal_(factor, std=0.02)
-
-    @classmethod
-    def wants(cls, config: MultitaskPromptTuningConfig, site: PromptSite) -> bool:
-        """At every model's input."""
-        return True
-
-    def forward(self, signal: PromptSignal) -> PromptSignal:
-        """See the class."""
-        return signal.with_prompt(self.target, self.length, lambda: self.prompt(signal))
 
     def prompt(self, signal: PromptSignal) -> Tensor:
         """(1, p, d) or (b, p, d) the prompt of each row."""
@@ -96,11 +85,7 @@ class MultitaskPromptTuning(AdapterModule[PromptSignal]):
     def _task_ids(self, signal: PromptSignal) -> Tensor:
         """(b,) the task of each row of the signal."""
         forward = current()
-        tasks = None if forward is None else forward.task_ids
-        if tasks is not None and signal.rows is not None:
-            tasks = tasks[signal.rows.to(tasks.device)]
-        elif tasks is not None and len(tasks) and len(signal) % len(tasks) == 0:
-            tasks = tasks.repeat_interleave(len(signal) // len(tasks))  # generate repeats each row for its beams
+        tasks = None if forward is None or forward.task_ids is None else signal.own(forward.task_ids, expanded=True)
         if tasks is None or len(tasks) != len(signal) or not 0 <= int(tasks.min()) <= int(tasks.max()) < self.tasks:
             given = None if tasks is None else tasks.tolist()
             raise AdapterError(

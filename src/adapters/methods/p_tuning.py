@@ -11,9 +11,9 @@ from ..configuration.checks import check_choice, check_fraction, check_integer
 from ..configuration.registry import register_architecture, register_config
 from ..derived import Derived
 from ..layouts import PromptSignal
-from ..method import AdapterModule, register
+from ..method import register
 from ..prompts import PromptSite
-from .prompt_tuning import check_place
+from .prompt_tuning import Prompt, check_place
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ register_config("p_tuning", PTuningConfig())
 
 
 @register(PTuningConfig, PromptSite)
-class PTuning(AdapterModule[PromptSignal]):
+class PTuning(Prompt):
     """[f(P); E]
 
     A prompt f(P) (p, d) in front of the input's embeddings E, with P (p, d) learned and f an MLP of width w,
@@ -70,11 +70,8 @@ class PTuning(AdapterModule[PromptSignal]):
     Start: random, not the identity. Merges: no. In eval mode f(P) is computed once.
     """
 
-    container = "prompt_tunings"
-
     def __init__(self, config: PTuningConfig, site: PromptSite, shared: Any = None) -> None:
-        super().__init__()
-        self.target, self.length = site.target(config), config.prompt_length
+        super().__init__(config, site, config.prompt_length)
         width, inner = site.width, config.encoder_hidden_size or site.width
         self.embedding = nn.Embedding(config.prompt_length, width)
         self.lstm_head: nn.LSTM | None = None
@@ -94,16 +91,7 @@ class PTuning(AdapterModule[PromptSignal]):
         self.mlp_head = nn.Sequential(*[part for one in maps for part in (one, nn.ReLU())][:-1])
         self._kept = Derived()
 
-    @classmethod
-    def wants(cls, config: PTuningConfig, site: PromptSite) -> bool:
-        """At every model's input."""
-        return True
-
-    def forward(self, signal: PromptSignal) -> PromptSignal:
-        """See the class."""
-        return signal.with_prompt(self.target, self.length, self.prompt)
-
-    def prompt(self) -> Tensor:
+    def prompt(self, signal: PromptSignal) -> Tensor:
         """f(P) (p, d)."""
         return self._made() if self.training else self._kept.get("prompt", self.parameters(), self._made)
 

@@ -1,5 +1,6 @@
 """Prompt tuning: learned embeddings in front of those of the input."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,32 @@ register_architecture("prompt_tuning", PromptTuningConfig)
 register_config("prompt_tuning", PromptTuningConfig())
 
 
+class Prompt(AdapterModule[PromptSignal]):
+    """Embeddings that are put into the input of a model."""
+
+    container = "prompt_tunings"
+
+    def __init__(self, config: AdapterConfig, site: PromptSite, length: int) -> None:
+        """config: one that says where they go; length: p."""
+        super().__init__()
+        self.target, self.length = site.target(config), length
+
+    @classmethod
+    def wants(cls, config: AdapterConfig, site: PromptSite) -> bool:
+        """At every model's input."""
+        return True
+
+    @abstractmethod
+    def prompt(self, signal: PromptSignal) -> Tensor:
+        """The embeddings (p, d), or (b, p, d) for the rows of `signal`."""
+
+    def forward(self, signal: PromptSignal) -> PromptSignal:
+        """See the class."""
+        return signal.with_prompt(self.target, self.length, lambda: self.prompt(signal))
+
+
 @register(PromptTuningConfig, PromptSite)
-class PromptTuning(AdapterModule[PromptSignal]):
+class PromptTuning(Prompt):
     """[P; E]
 
     Learned embeddings P (p, d) before the embeddings E (s, d) of the input, or after the first of them. Lester et al.
@@ -87,21 +112,13 @@ class PromptTuning(AdapterModule[PromptSignal]):
     Differs from 1.x: works on decoders and encoder-decoders; heads and poolers read the states of tokens only.
     """
 
-    container = "prompt_tunings"
-
     def __init__(self, config: PromptTuningConfig, site: PromptSite, shared: Any = None) -> None:
-        super().__init__()
-        self.target, self.length = site.target(config), config.prompt_length
+        super().__init__(config, site, config.prompt_length)
         self.prompt_embedding = starting_prompt(config, site)
 
-    @classmethod
-    def wants(cls, config: PromptTuningConfig, site: PromptSite) -> bool:
-        """At every model's input."""
-        return True
-
-    def forward(self, signal: PromptSignal) -> PromptSignal:
-        """See the class."""
-        return signal.with_prompt(self.target, self.length, lambda: self.prompt_embedding.weight)
+    def prompt(self, signal: PromptSignal) -> Tensor:
+        """P (p, d)."""
+        return self.prompt_embedding.weight
 
 
 def starting_prompt(config: Any, site: PromptSite) -> nn.Embedding:

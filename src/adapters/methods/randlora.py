@@ -12,7 +12,8 @@ from ..configuration.registry import register_architecture, register_config
 from ..method import register, seeded
 from ..signals import LinearSignal
 from ..sites import LinearSite
-from .linear_method import LinearUpdateConfig, LowRankUpdate, plus_product
+from .linear_method import LinearUpdateConfig, LowRankUpdate
+from .products import plus_product
 
 BASES = ("dense", "sparse", "very_sparse")
 
