@@ -27,6 +27,7 @@ from .methods.prefix_tuning import eject
 from .placement import check_layers
 from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
+from .topology import Linear, outside_maps
 from .vocabulary import LookupSite, OutputSite
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
         if base is not self and isinstance(base, ModelAdaptersMixin):
             enable(self)
             self.adapters_config, self.adapter_sites = base.adapters_config, base.adapter_sites
-            self.adapter_sites.follow(self._word_map())
+            self.adapter_sites.follow(*self._own_head())
             return
         listed = self.config.__dict__.pop("adapters", None)
         configured = adapters_config or ModelAdaptersConfig(**(listed or {}))
@@ -64,7 +65,7 @@ class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
         for model in {id(base): base, id(self): self}.values():
             enable(model)
             model.adapters_config, model.adapter_sites = configured, sites
-        sites.follow(self._word_map())
+        sites.follow(*self._own_head())
         for name in configured:
             sites.add(name, configured.members(name))
         for name in configured.fusions:
@@ -72,15 +73,14 @@ class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
             if config is not None and adapter_names is not None:
                 sites.add_fusion(Fuse(*adapter_names, name=name), config)
 
-    def _word_map(self) -> nn.Module | None:
-        """The map from hidden states to words that the model's own forward uses."""
-        found: nn.Module | None = self.get_output_embeddings()
-        return found
+    def _own_head(self) -> tuple[nn.Module | None, tuple[Linear, ...]]:
+        """The map from hidden states to words that the model's own forward uses; all maps outside of the base model."""
+        return self.get_output_embeddings(), outside_maps(self)
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """As in transformers; invertible adapters are undone before the new ones."""
         super().set_output_embeddings(new_embeddings)
-        self.adapter_sites.follow(self._word_map())
+        self.adapter_sites.follow(*self._own_head())
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.

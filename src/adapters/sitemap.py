@@ -23,9 +23,9 @@ from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
 from .placement import drop_shared, like, place, place_method
 from .repetition import SharedBlocks
-from .sites import Site
+from .sites import LinearSite, Site
 from .sublayers import SublayerSite
-from .topology import Anatomy, read_blocks
+from .topology import Anatomy, Linear, read_blocks
 
 T = TypeVar("T", bound=Site)
 
@@ -59,9 +59,15 @@ class SiteMap:
         """The model whose sites these are."""
         return self.anatomy.base_model
 
-    def follow(self, output: nn.Module | None) -> None:
-        """The map from hidden states to words is `output` now."""
-        self.anatomy = replace(self.anatomy, output=output)
+    def follow(self, output: nn.Module | None, outside: tuple[Linear, ...] = ()) -> None:
+        """The map from hidden states to words is `output` now, and `outside` are the maps outside of the base model."""
+        self.anatomy = replace(self.anatomy, output=output, outside=outside)
+        if LinearSite in self._read:
+            known = {site.host for site in self.sites}
+            for found in LinearSite.find_outside(self.anatomy):
+                if found.host not in known:
+                    self._enter(found)
+            self._refresh()
         for site in self.sites:
             site.follow(output)
 

@@ -24,7 +24,7 @@ from .errors import CompositionError, listing
 from .evaluation import evaluate
 from .grouping import Group
 from .signals import LinearSignal, Signal
-from .topology import Anatomy, is_plain
+from .topology import Anatomy, is_plain, linear_roles
 
 if TYPE_CHECKING:
     from .method import AdapterModule
@@ -54,7 +54,8 @@ class Place:
 
     layer: the block's number as 1.x counts (encoder, then decoder), -1 outside of all blocks;
     stack: "encoder", "decoder" or "" where there is one stack; layer_path, host_path: module paths relative to
-    the base model; role: what the host does there; part: "q", "k" or "v" for a slice of a fused projection.
+    the base model; role: what the host does there; part: "q", "k" or "v" for a slice of a fused projection;
+    outside: the host's path in the whole model, if it is, or may be, outside of the base model.
     """
 
     layer: int
@@ -63,6 +64,7 @@ class Place:
     host_path: str
     role: str
     part: str = ""
+    outside: str = ""
 
 
 class Site:
@@ -96,6 +98,7 @@ class Site:
     host_path = property(lambda self: self.place.host_path)
     role = property(lambda self: self.place.role)
     part = property(lambda self: self.place.part)
+    module_path = property(lambda self: self.place.outside or self.place.host_path)
 
     @property
     def location(self) -> str:
@@ -281,6 +284,7 @@ class LinearSite(Site):
     locations: ClassVar[dict[str, str]] = dict.fromkeys("qkvo", "selfattn_lora") | {
         "intermediate": "intermediate_lora",
         "output": "output_lora",
+        "other": "target_modules",
     }
 
     def __init__(
@@ -288,22 +292,37 @@ class LinearSite(Site):
     ) -> None:
         """inputs, outputs: the map's widths; start: its first output in a fused one; source: the stack of its input."""
         super().__init__(place, host)
-        self.inputs, self.outputs, self.start, self.holder = inputs, outputs, start, place.part
+        self.inputs, self.outputs, self.start = inputs, outputs, start
+        self.holder = place.part or place.outside.replace(".", "_")
         self.source = place.stack if source is None else source
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Self]:
-        """The projections of every attention, and the two maps of every feed-forward block."""
-        for block in anatomy.blocks:
-            for core in block.cores:
-                for role, found in core.projections.items():
-                    place = Place(block.layer, block.stack, block.path, found.path, role, found.part)
-                    across = core.role == "cross_attention" and role in ("k", "v")
-                    source = "encoder" if across else block.stack
-                    yield cls(place, found.module, found.inputs, found.outputs, found.start, source)
-            for role, found in block.feed_forward.items():
-                place = Place(block.layer, block.stack, block.path, found.path, role)
+        """The projections of every attention and the two maps of every feed-forward block; then all other maps."""
+        for block, found, role, source in linear_roles(anatomy):
+            where = (-1, "", "") if block is None else (block.layer, block.stack, block.path)
+            place = Place(*where, found.path, role, found.part)
+            yield cls(place, found.module, found.inputs, found.outputs, found.start, source)
+        yield from cls.find_outside(anatomy)
+
+    @classmethod
+    def find_outside(cls, anatomy: Anatomy) -> Iterator[Self]:
+        """The maps outside of the base model; their adapters are registered there all the same."""
+        for found in anatomy.outside:
+            if found.module is not anatomy.output:
+                place = Place(-1, "", "", "", "other", outside=found.path)
                 yield cls(place, found.module, found.inputs, found.outputs)
+
+    @property
+    def root(self) -> tuple[str, nn.Module]:
+        """The host; for a map outside of the base model, the base model."""
+        return ("", self.owner.anatomy.base_model) if self.place.outside else super().root
+
+    def is_current(self, base_model: Any) -> bool:
+        """As for any site; outside of the base model, whether the whole model has the host still."""
+        if not self.place.outside:
+            return super().is_current(base_model)
+        return any(found.module is self.host for found in self.owner.anatomy.outside)
 
     @property
     def weight(self) -> Tensor:

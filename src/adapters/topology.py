@@ -15,7 +15,9 @@ from itertools import pairwise
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .containers import AdapterDict
 from .interfaces import SWAPPED_FEED_FORWARD
 
 SEPARATE = {
@@ -71,11 +73,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What was read of a model. output: the map from hidden states to words, if the model has one of its own."""
+    """What was read of a model.
+
+    output: the map from hidden states to words, if the model has one of its own; outside: the linear maps of the whole
+    model that are not in its base model, such as a classifier, with their paths in the whole.
+    """
 
     base_model: Any
     blocks: list[Block]
     output: nn.Module | None = None
+    outside: tuple[Linear, ...] = ()
 
     @property
     def crosses(self) -> bool:
@@ -129,6 +136,45 @@ def _takes_one_tensor(forward: Callable[..., Any]) -> bool:
     _, *taken = inspect.signature(forward).parameters.values()
     named = [parameter for parameter in taken if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     return len(named) <= 1
+
+
+def linear_roles(anatomy: Anatomy) -> Iterator[tuple[Block | None, Linear, str, str]]:
+    """Every linear map of the base model: its block, the map or a slice of it, its role, and the stack of its input.
+
+    First the projections of every attention and the two maps of every feed-forward block; then, with the role "other",
+    all that are left. A fused projection is among these as a whole.
+    """
+    taken = {anatomy.output}
+    for block in anatomy.blocks:
+        for core in block.cores:
+            for role, found in core.projections.items():
+                across = core.role == "cross_attention" and role in ("k", "v")
+                yield block, found, role, "encoder" if across else block.stack
+                taken |= set() if found.part else {found.module}
+        for role, found in block.feed_forward.items():
+            yield block, found, role, block.stack
+            taken.add(found.module)
+    for found in linear_maps(anatomy.base_model):
+        if found.module not in taken:
+            own = next((block for block in anatomy.blocks if found.path.startswith(f"{block.path}.")), None)
+            yield own, found, "other", "" if own is None else own.stack
+
+
+def outside_maps(model: Any) -> tuple[Linear, ...]:
+    """The linear maps of a model that are not in its base model."""
+    base = set(model.base_model.modules())
+    return tuple(found for found in linear_maps(model) if found.module not in base)
+
+
+def linear_maps(model: nn.Module, path: str = "") -> Iterator[Linear]:
+    """Every linear map of a model but those of adapters, and those that nobody calls (torch's own attention)."""
+    for name, module in model.named_children():
+        below = f"{path}.{name}" if path else name
+        shape = None if isinstance(module, NonDynamicallyQuantizableLinear) else linear_shape(module)
+        if shape is not None:
+            yield Linear(below, module, *shape)
+        if not isinstance(module, AdapterDict):
+            yield from linear_maps(module, below)
 
 
 def is_plain(module: nn.Module) -> bool:

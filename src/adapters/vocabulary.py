@@ -99,18 +99,15 @@ class OutputSite(LinearSite):
         output = anatomy.output
         if output is not None and linear_shape(output):
             stack = anatomy.blocks[-1].stack if anatomy.blocks else ""
-            yield cls(Place(-1, stack, "", "", "lm_head"), output)
+            known = (found.path for found in anatomy.outside if found.module is output)
+            path = path_of(anatomy.base_model, output) or next(known, "lm_head")
+            yield cls(Place(-1, stack, "", "", "lm_head", outside=path), output)
 
     @property
     def tied(self) -> bool:
         """Whether the table of token embeddings has the same weight."""
         table = input_table(self.owner.anatomy.base_model)
         return table is not None and table.weight is self.host.weight
-
-    @property
-    def root(self) -> tuple[str, nn.Module]:
-        """The base model, which has no head itself."""
-        return "", self.owner.anatomy.base_model
 
     def follow(self, output: nn.Module | None) -> None:
         """Sit at `output` from now on, if it has the same shape."""

@@ -225,8 +225,9 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
             ]
         return hand_on(results[0] if len(results) == 1 else gather(results, summed=rows is not None), outputs)
 
-    def _word_map(self) -> None:
-        """None: the heads undo invertible adapters, each before its own map."""
+    def _own_head(self) -> tuple[None, tuple[()]]:
+        """None: the heads undo invertible adapters, each before its own map, and they come and go."""
+        return None, ()
 
     def _run_head(self, name: str, outputs: ModelOutput, inputs: Mapping[str, Any], inverse: Inverse | None) -> Any:
         sentence = sentence_vector(outputs, self.config, inputs) if self.head_types else None

@@ -1,12 +1,13 @@
 """BitFit: training of the biases alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..configuration.base import AdapterConfig
+from ..configuration.base import LATER, AdapterConfig
 from ..configuration.checks import check_layers, check_letters
 from ..configuration.registry import register_architecture, register_config
 from ..errors import AdapterError
@@ -15,6 +16,7 @@ from ..norms import NormSignal, NormSite
 from ..signals import LinearSignal, Signal
 from ..sites import LinearSite
 from .lora import ATTENTION_MATRICES
+from .patterns import check_targets, check_targets_used, is_target
 
 S = TypeVar("S", bound=Signal)
 
@@ -25,7 +27,8 @@ class BitFitConfig(AdapterConfig):
 
     ``attention``, ``intermediate``, ``output`` and ``norms`` say whose biases: those of the projections of every
     attention that ``attn_matrices`` names, of the two maps of the feed-forward block, and of the norms (those outside
-    of the blocks too, with ``outside_blocks``); in all layers but those in ``leave_out``. Where the model has no bias
+    of the blocks too, with ``outside_blocks``); in all layers but those in ``leave_out``. ``target_modules`` names the
+    linear maps in place of the flags, as in ``LinearMethodConfig``. Where the model has no bias
     one is added if ``missing_too``; such an adapter cannot be merged.
 
     Raises:
@@ -41,11 +44,17 @@ class BitFitConfig(AdapterConfig):
     attn_matrices: list[str] = field(default_factory=lambda: ["q", "k", "v", "o"])
     missing_too: bool = False
     leave_out: list[int] = field(default_factory=list)
+    target_modules: str | list[str] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_letters(self, "attn_matrices", ATTENTION_MATRICES)
         check_layers(self, "leave_out")
+        check_targets(self)
+
+    def check_sites(self, sites: Sequence[Any]) -> None:
+        """Every entry of ``target_modules`` fits one of the sites."""
+        check_targets_used(self, [site for site in sites if isinstance(site, LinearSite)])
 
 
 register_architecture("bitfit", BitFitConfig)
@@ -92,10 +101,12 @@ class BitFit(BiasChange[LinearSignal]):
     @classmethod
     def wants(cls, config: BitFitConfig, site: LinearSite) -> bool:
         """At the maps that the configuration names, if they have a bias."""
-        if site.role in ATTENTION_MATRICES:
+        if config.target_modules is not None:
+            named = is_target(config.target_modules, site)
+        elif site.role in ATTENTION_MATRICES:
             named = config.attention and site.role in config.attn_matrices
         else:
-            named = bool(config[site.role])
+            named = bool(config.get(site.role))
         return named and site.layer not in config.leave_out and (config.missing_too or site.bias is not None)
 
     def forward(self, signal: LinearSignal) -> LinearSignal:

@@ -1,19 +1,22 @@
 """What methods that change a linear map have in common: where they sit, and how a change of the weight is applied."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from ..configuration.base import AdapterConfig
+from ..configuration.base import LATER, AdapterConfig
 from ..configuration.checks import check_dtype, check_fraction, check_layers, check_letters
 from ..derived import Derived
 from ..method import AdapterModule
 from ..signals import LinearSignal
 from ..sites import LinearSite
 from .lora import ATTENTION_MATRICES, is_placed
+from .patterns import check_targets, check_targets_used
 from .products import plus_low_rank, plus_product
 
 
@@ -23,7 +26,9 @@ class LinearMethodConfig(AdapterConfig):
 
     ``selfattn_lora``: the projections of every attention that ``attn_matrices`` names (q, k, v and o, the output);
     ``intermediate_lora`` and ``output_lora``: the first and the second map of the feed-forward block; in all layers
-    but those in ``leave_out``. ``dtype`` is the name of the torch dtype of the new parameters; None is the model's.
+    but those in ``leave_out``; or else, in place of these flags, the modules that ``target_modules`` names, by ends of
+    their paths, a regular expression or "all-linear". ``dtype`` is the name of the torch dtype of the new parameters;
+    None is the model's.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -37,12 +42,18 @@ class LinearMethodConfig(AdapterConfig):
     attn_matrices: list[str] = field(default_factory=lambda: ["q", "v"])
     init_weights_seed: int | None = None
     dtype: str | None = None
+    target_modules: str | list[str] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layers(self, "leave_out")
         check_letters(self, "attn_matrices", ATTENTION_MATRICES)
         check_dtype(self, "dtype")
+        check_targets(self)
+
+    def check_sites(self, sites: Sequence[Any]) -> None:
+        """Every entry of ``target_modules`` fits one of the sites."""
+        check_targets_used(self, sites)
 
 
 @dataclass(eq=False)
@@ -73,6 +84,8 @@ class LinearMethod(AdapterModule[LinearSignal]):
     @classmethod
     def asks_for(cls, config: LinearMethodConfig) -> set[str]:
         """The location flags that are set."""
+        if config.target_modules is not None:
+            return set()
         return {location for location in LinearSite.locations.values() if config[location]}
 
     def new(self, *shape: int) -> nn.Parameter:

@@ -30,7 +30,7 @@ from ..method import AdapterModule, register
 from ..signals import LinearSignal
 from ..sites import LinearSite, Site
 from .lora_init import FROM_WEIGHT, KEEPS_START, factors, initialise
-from .patterns import check_pattern, check_used, value_at
+from .patterns import check_pattern, check_targets, check_targets_used, check_used, is_target, value_at
 from .products import plus_low_rank
 
 ATTENTION_MATRICES = ("q", "k", "v", "o")
@@ -46,7 +46,9 @@ class LoRAConfig(AdapterConfig):
 
     ``selfattn_lora`` changes the projections of every attention that ``attn_matrices`` names (q, k, v and o, the
     output), ``intermediate_lora`` the first and ``output_lora`` the second map of the feed-forward block, in all
-    layers but those in ``leave_out``. The change has rank ``r`` and is scaled by ``alpha / r``. ``dtype`` is the name
+    layers but those in ``leave_out``. ``target_modules``, if it is given, says in place of all these flags which
+    modules are changed: a list of ends of module paths, a regular expression for whole paths (relative to the base
+    model), or "all-linear". The change has rank ``r`` and is scaled by ``alpha / r``. ``dtype`` is the name
     of the torch dtype of the new parameters; None is that of the model. ``composition_mode="scale"`` is (IA)³,
     ``use_dora`` is DoRA, ``vera_d`` and ``vera_b`` (the start values of its vectors) are VeRA.
 
@@ -85,6 +87,7 @@ class LoRAConfig(AdapterConfig):
     embedding_lora: bool = field(default=False, metadata=LATER)
     lm_head_lora: bool = field(default=False, metadata=LATER)
     legacy: bool = field(default=False, metadata=LATER)
+    target_modules: str | list[str] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +104,7 @@ class LoRAConfig(AdapterConfig):
                 check_number(self, name)
                 self.normalize(name, float(self[name]))
         check_dtype(self, "dtype")
+        check_targets(self)
         check_pattern(self, "rank_pattern", "integers >= 0", lambda value: is_integer(value) and value >= 0)
         check_pattern(self, "alpha_pattern", "numbers", is_number)
         self._check_options()
@@ -119,6 +123,7 @@ class LoRAConfig(AdapterConfig):
 
     def check_sites(self, sites: Sequence[Any]) -> None:
         """Every key of a pattern fits one of the sites."""
+        check_targets_used(self, sites)
         for name in PATTERNS:
             check_used(self, name, sites)
 
@@ -139,7 +144,7 @@ class LoRAConfig(AdapterConfig):
         kind = self.variant if self.architecture == LoRAConfig.architecture else "mtl_lora"
         kinds = dict.fromkeys((*PATTERNS, "use_rslora"), ("lora", "dora")) | {"legacy": ("dora", "vera", "dvora")}
         for name in options:
-            if kind not in (having := kinds.get(name, ("lora",))):
+            if name != "target_modules" and kind not in (having := kinds.get(name, ("lora",))):
                 raise self.refusal(name, f"not possible with {kind}", f"only {' and '.join(having)} have it")
         if self.embedding_lora:
             for name in ("use_gating", "dropout", "lora_bias"):
@@ -166,9 +171,13 @@ register_config("lora", LoRAConfig())
 
 
 def is_placed(config: AdapterConfig, site: LinearSite) -> bool:
-    """Whether the flags of `config` for places, ``attn_matrices`` and ``leave_out`` put a module at this map."""
+    """Whether ``target_modules``, or the flags of `config` for places, put a module at this map."""
+    if site.layer in config["leave_out"]:
+        return False
+    if config["target_modules"] is not None:
+        return is_target(config["target_modules"], site)
     named = site.role not in ATTENTION_MATRICES or site.role in config["attn_matrices"]
-    return bool(config[site.location]) and named and site.layer not in config["leave_out"]
+    return bool(config[site.location]) and named
 
 
 class LinearChange(AdapterModule[LinearSignal]):
@@ -214,6 +223,8 @@ class LinearChange(AdapterModule[LinearSignal]):
     @classmethod
     def asks_for(cls, config: LoRAConfig) -> set[str]:
         """The location flags that are set."""
+        if config.target_modules is not None:
+            return set()
         return {location for location in cls.site_type.locations.values() if config[location]}
 
     def opened(self, signal: LinearSignal) -> Tensor | None:

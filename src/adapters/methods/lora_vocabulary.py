@@ -39,6 +39,9 @@ class LookupLoRA(LoRA):
     """
 
     def __init__(self, config: LoRAConfig, site: LookupSite, shared: nn.Module | None = None) -> None:
+        for name in ("use_gating", "lora_bias"):
+            if config[name]:
+                raise config.refusal(name, f"not possible at {site.module_path}", "token ids have no such thing")
         super().__init__(config, site, shared)  # type: ignore[arg-type]
         self.site = site
 

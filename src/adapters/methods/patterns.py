@@ -14,6 +14,9 @@ from ..configuration.base import AdapterConfig
 from ..errors import AdapterError, listing
 from ..sites import Site
 
+ALL_LINEAR = "all-linear"
+"""The value of ``target_modules`` for every linear map but those of the model's head."""
+
 
 def check_pattern(config: AdapterConfig, name: str, wanted: str, allowed: Callable[[Any], bool]) -> None:
     """The field is a dict from keys to `allowed` values; numbers of layers become strings, as they are in files."""
@@ -32,6 +35,50 @@ def value_at(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
     """What the pattern says for a site; `default` if no key fits."""
     found = [(rank, -len(key), key) for key in pattern if (rank := _rank(key, site)) is not None]
     return pattern[min(found)[2]] if found else default
+
+
+def check_targets(config: AdapterConfig) -> None:
+    """``target_modules`` is None, a regular expression or a list of ends of module paths."""
+    targets = config["target_modules"]
+    wanted = "it must be a list of ends of module paths, or a regular expression for whole paths"
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise config.refusal("target_modules", f"no pattern ({error})", wanted) from error
+    elif targets is not None:
+        names = sorted(targets) if isinstance(targets, set) else list(targets) if isinstance(targets, Iterable) else []
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise config.refusal("target_modules", "no pattern", wanted)
+        config.normalize("target_modules", names)
+
+
+def is_target(targets: str | list[str], site: Site) -> bool:
+    """Whether ``target_modules`` names a site: a whole map, never a slice of a fused one."""
+    if site.part:
+        return False
+    if targets == ALL_LINEAR:
+        return site.kind == "linear" and not site.place.outside
+    path: str = site.module_path
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in targets)
+
+
+def check_targets_used(config: AdapterConfig, sites: Iterable[Site]) -> None:
+    """Every entry of ``target_modules`` fits a site.
+
+    Raises:
+        AdapterError: one fits none, so that it would have no effect.
+    """
+    targets, known = config["target_modules"], list(sites)
+    for entry in [targets] if isinstance(targets, str) else targets or ():
+        if not any(is_target(entry if entry is targets else [entry], site) for site in known):
+            paths = dict.fromkeys(site.module_path for site in known if not site.part)
+            raise AdapterError(
+                f"add_adapter({type(config).__name__}(target_modules={targets!r})): {entry!r} fits no module that the "
+                f"method can sit at; such modules are {listing(list(paths)[:6])} and so on."
+            )
 
 
 def check_used(config: AdapterConfig, name: str, sites: Iterable[Site]) -> None:
@@ -55,4 +102,4 @@ def _rank(key: str, site: Site) -> int | None:
     exact = {site.role: 1, str(site.layer): 2, site.location: 3}
     if key in exact:
         return exact[key]
-    return 0 if any(re.match(rf"(.*\.)?({key})$", path) for path in (site.path, site.host_path)) else None
+    return 0 if any(re.match(rf"(.*\.)?({key})$", path) for path in (site.path, site.module_path)) else None
