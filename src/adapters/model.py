@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import averaging, sharing
+from . import sharing
 from .checkpoints import adapterhub, setups
 from .checkpoints import fusion as fusion_files
 from .checkpoints import heads as head_files
+from .combining import CombiningMixin
 from .composition import Block, Fuse, Stack, parse_composition
 from .configuration.base import AdapterConfig
 from .configuration.model_adapters_config import ModelAdaptersConfig
@@ -25,6 +26,7 @@ from .methods import lora_data
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
 from .methods.prefix_tuning import eject
 from .placement import check_layers
+from .quantised import keep_differentiable
 from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
 from .topology import Linear, outside_maps
@@ -39,7 +41,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
+class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, Base):  # type: ignore[misc]
     """A transformers model with adapters; ``adapters.init`` makes one of any model.
 
     Attributes:
@@ -327,6 +329,7 @@ class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
         ModelAdaptersMixin.set_active_adapters(self, adapter_setup)
         self.train()
         self.freeze_model(True)
+        keep_differentiable(self)
         for name in self.active_adapters.flatten() if self.active_adapters else ():
             for module in self._modules_of(name):
                 module.requires_grad_(True)
@@ -394,33 +397,7 @@ class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
         super()._set_gradient_checkpointing(enable, **kwargs)
         self.adapter_sites.require_input_gradients(enable)
 
-    # --- merging and averaging -------------------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_name: str, delete_adapter: bool = False) -> None:
-        """Work an adapter into the weights: it acts in every pass at no cost, whatever is active.
-
-        ``reset_adapter``, ``set_active_adapters`` and what calls it put back the stored weights, bit for bit.
-
-        Args:
-            adapter_name: an adapter of which all modules can be merged, such as LoRA or (IA)³ without gates.
-            delete_adapter: remove the adapter and keep the merged weights for good.
-
-        Raises:
-            UnknownAdapterError: the model has no adapter of that name.
-            AdapterError: it cannot be merged, or another one is; nothing was changed then.
-
-        Example:
-            >>> model.merge_adapter("sst-2")
-        """
-        self._check_names("merge_adapter", parse_composition(adapter_name))
-        self.adapter_sites.merge(adapter_name)
-        if delete_adapter:
-            self.adapter_sites.reset(keep=True)
-            self.delete_adapter(adapter_name)
-
-    def reset_adapter(self) -> None:
-        """Take the merged adapter, if there is one, out of the weights; they are what they were, bit for bit."""
-        self.adapter_sites.reset()
+    # --- sharing and ejecting --------------------------------------------------------------------------------------
 
     def share_parameters(
         self, adapter_names: Any, name: str | None = None, reference_adapter_name: str | None = None
@@ -452,27 +429,6 @@ class ModelAdaptersMixin(InvertibleAdaptersMixin, Base):  # type: ignore[misc]
         self._check_names("eject_prefix_tuning", parse_composition(name))
         eject(name, self._modules_of(name))
         self.adapters_config.change(name, flat=True)
-
-    def average_adapter(
-        self,
-        adapter_name: str,
-        adapter_list: Any,
-        weights: Sequence[float] | None = None,
-        combine_strategy: str = "linear",
-        normalize_weights: bool = True,
-        overwrite_ok: bool = False,
-        set_active: bool = False,
-        svd_rank: int | None = None,
-    ) -> None:
-        """Add an adapter whose weights are an average of others'. See ``averaging.average_adapter``."""
-        averaging.average_adapter(
-            self,
-            adapter_name,
-            averaging.Shares.of("average_adapter", adapter_list, weights, normalize_weights),
-            averaging.Strategy(combine_strategy, svd_rank),
-            overwrite_ok,
-            set_active,
-        )
 
     # --- looking ---------------------------------------------------------------------------------------------------
 

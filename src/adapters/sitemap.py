@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import methods as methods  # fills the table of methods
-from .composition import Block, Fuse, Setup
+from .composition import Block, Fuse, Setup, Stack
 from .configuration.base import AdapterConfig
 from .context import AdapterSetup, state
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
@@ -143,7 +143,7 @@ class SiteMap:
 
     def remove(self, name: str) -> None:
         """Remove all modules of an adapter; one that is merged is taken out of the weights first."""
-        if self.merged == name:
+        if self._merge is not None and name in self._merge.names:
             self.reset()
         for site, _ in self.holding(name):
             site.drop(name)
@@ -152,24 +152,31 @@ class SiteMap:
         self._refresh()
 
     @property
-    def merged(self) -> str | None:
-        """The adapter that is worked into the weights."""
-        return None if self._merge is None else self._merge.name
+    def merged(self) -> Setup:
+        """The adapter, or the composition of some, that is worked into the weights."""
+        return None if self._merge is None else self._merge.setup
 
-    def merge(self, name: str) -> None:
-        """Work an adapter into the weights, all of it or nothing.
+    def merge(self, setup: Setup) -> None:
+        """Work an adapter, or a Stack or Average of some, into the weights: all of it or nothing.
 
         Raises:
             AdapterError: another one is merged, or a module of it cannot be.
         """
-        if self.merged == name:
+        if self.merged == setup:
             return
         if self.merged is not None:
             raise AdapterError(
-                f"merge_adapter({name!r}): the model already has a merged adapter, {self.merged!r}. Please reset it "
+                f"merge_adapter({setup!r}): the model already has a merged adapter, {self.merged!r}. Please reset it "
                 "first, with reset_adapter()."
             )
-        self._merge = Merge(name, self.holding(name))
+        block = Stack(setup)
+        plans = self.plans(block, frozenset())
+        modules = [
+            *(module for name in block.leaves() for _, module in self.holding(name)),
+            *(module for name in block.leaves() for module in self.shared(name).values()),
+        ]
+        acting = [(site, plan) for site, plan in zip(self.sites, plans, strict=True) if plan is not None]
+        self._merge = Merge(setup, acting, modules)
         self._refresh()
 
     def reset(self, keep: bool = False) -> None:
@@ -182,13 +189,13 @@ class SiteMap:
     @contextmanager
     def unmerged(self) -> Iterator[None]:
         """Within the block no adapter is in the weights."""
-        name = self.merged
+        setup = self.merged
         self.reset()
         try:
             yield
         finally:
-            if name is not None:
-                self.merge(name)
+            if setup is not None:
+                self.merge(setup)
 
     def add_fusion(self, fuse: Fuse, config: AdapterFusionConfig) -> None:
         """Build the fusion layers of `fuse` at every sub-layer where its adapters sit.

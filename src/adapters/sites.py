@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from .context import current, state
 from .errors import CompositionError, listing
 from .evaluation import evaluate
 from .grouping import Group
+from .quantised import dequantised, is_quantised
 from .signals import LinearSignal, Signal
 from .topology import Anatomy, is_plain, linear_roles
 
@@ -82,7 +84,7 @@ class Site:
         self.place, self.host = place, host
         self.adapters: dict[str, AdapterModule[Any]] = {}
         self._groups: dict[int, tuple[Block, Group | None]] = {}
-        self.merged: str | None = None
+        self.merged: frozenset[str] = frozenset()
         self.index = -1
         self.owner: SiteOwner
         self._handles: list[RemovableHandle] = []
@@ -155,7 +157,7 @@ class Site:
     @property
     def reference(self) -> Tensor:
         """A tensor whose device new parameters take, and whose dtype too where it is a floating one."""
-        return next(self.host.parameters())
+        return next(chain(self.host.parameters(), self.host.buffers()))
 
     def put(self, name: str, module: AdapterModule[Any]) -> None:
         """Take in an adapter."""
@@ -217,7 +219,7 @@ class Site:
                 if len(children) == 1:
                     return children[0]
             return setup.with_children(children)
-        return setup if setup in self.adapters and setup != self.merged else None
+        return setup if setup in self.adapters and setup not in self.merged else None
 
     def _check_route(self, tree: Route) -> None:
         if tree.gate not in self.adapters:
@@ -326,10 +328,18 @@ class LinearSite(Site):
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in): a view of the host's parameter, whichever way round the host keeps it."""
+        """W (out, in): a view of the host's parameter, whichever way round that is, or a copy of a quantised one."""
+        if is_quantised(self.host):
+            return dequantised(self.host)[self.start : self.start + self.outputs]
         weight: Tensor = self.host.weight  # type: ignore[assignment]
         weight = weight if is_plain(self.host) else weight.T
         return weight[self.start : self.start + self.outputs]
+
+    @property
+    def stored(self) -> Tensor:
+        """What W is read from: it changes when W does, so what is computed of W holds until then."""
+        weight: Tensor | None = self.host._parameters.get("weight")
+        return next(chain(self.host.parameters(), self.host.buffers())) if weight is None else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -339,7 +349,7 @@ class LinearSite(Site):
 
     def map(self, x: Tensor) -> Tensor:
         """W x, without bias, for any x (…, in)."""
-        return linear(x, self.weight)
+        return linear(x, self.weight.to(x.dtype))
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the output of the map."""

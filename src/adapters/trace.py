@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from .context import AdapterSetup
 from .errors import AdapterError
-from .topology import Block
+from .quantised import is_quantised
+from .topology import Block, linear_shape
 
 PASS_THROUGH = {"dropout", "to", "type", "type_as", "float", "contiguous", "reshape", "view", "clone"}
 ANSWERS = {"__bool__": True, "__contains__": False}
@@ -165,7 +166,8 @@ def _watch(base_model: nn.Module, blocks: list[Block]) -> Watcher:
 
 def _run(base_model: nn.Module, call: Callable[[], Any]) -> Watcher:
     watcher = Watcher()
-    with torch.no_grad(), AdapterSetup(None), _evaluating(base_model), _hooked(base_model, watcher), watcher:
+    hooked = _hooked(base_model, watcher)
+    with torch.no_grad(), AdapterSetup(None), _evaluating(base_model), hooked, _shapes_alone(base_model), watcher:
         call()
     return watcher
 
@@ -186,6 +188,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, size in zip(chunks, sizes, strict=True):
             module.chunk_size_feed_forward = size
+
+
+@contextmanager
+def _shapes_alone(model: nn.Module) -> Iterator[None]:
+    """Quantised maps, which have no meta form, give tensors of the right shape."""
+    maps = [module for module in model.modules() if is_quantised(module)]
+    own = [vars(module).get("forward") for module in maps]
+    for module in maps:
+        _, outputs = linear_shape(module) or (0, 0)
+        vars(module)["forward"] = lambda x, outputs=outputs: x.new_zeros(*x.shape[:-1], outputs)
+    try:
+        yield
+    finally:
+        for module, forward in zip(maps, own, strict=True):
+            vars(module).pop("forward")
+            if forward is not None:  # a wrapper's, such as accelerate's
+                vars(module)["forward"] = forward
 
 
 @contextmanager

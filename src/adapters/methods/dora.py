@@ -57,7 +57,7 @@ class Magnitude(LowRankChange):
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
         changed = super().forward(signal)
-        known = [self.site.weight, *self.sources()]
+        known = [self.site.stored, *self.sources()]
         if self.site.bias is not None:
             known.append(self.site.bias)
         gain, shift = self._magnitudes.get("gain", known, self.gain)
@@ -70,14 +70,14 @@ class Magnitude(LowRankChange):
         """g (out,) and (1 - g) b."""
         magnitude, bias = self.m.weight[:, 0], self.site.bias
         with torch.no_grad():
-            norms = self._magnitudes.get("norms", [self.site.weight, *self.sources()], self.norms)
+            norms = self._magnitudes.get("norms", [self.site.stored, *self.sources()], self.norms)
         gain = magnitude / norms.to(magnitude.dtype)
         return gain, None if bias is None or self.config.legacy else bias - gain * bias
 
     def norms(self) -> Tensor:
         """||W + ΔW|| (out,), in single precision at least."""
         weight = self.site.weight
-        square = self._magnitudes.get("square", [weight], lambda: squared_norms(weight))
+        square = self._magnitudes.get("square", [self.site.stored], lambda: squared_norms(weight))
         down, up = self.factors()
         scale = 1.0 if self.config.legacy else self.scale
         crossed, up = linear(weight, down.to(weight.dtype)).to(square.dtype), up.to(square.dtype)
@@ -90,8 +90,9 @@ class Magnitude(LowRankChange):
         return super().merged_weight(weight) * self.gain()[0][:, None].to(weight.dtype)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
-        """b, or g b with ``legacy``."""
-        return bias * self.gain()[0].to(bias.dtype) if self.config.legacy else bias
+        """b of the map; what others add to it is multiplied by g, and with ``legacy`` all of it."""
+        gain, own = self.gain()[0].to(bias.dtype), self.site.bias
+        return bias * gain if self.config.legacy or own is None else own + gain * (bias - own)
 
 
 def squared_norms(weight: Tensor) -> Tensor:

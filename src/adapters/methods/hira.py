@@ -52,12 +52,8 @@ class HiRA(LinearUpdate):
 
     def sources(self) -> list[Tensor]:
         """See the base."""
-        return [*self.parameters(), self.site.weight]
+        return [*self.parameters(), self.site.stored]
 
     def delta(self) -> Tensor:
         """W ⊙ BA."""
         return self.site.weight.to(self.hira_A.dtype) * (self.hira_B @ self.hira_A)
-
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        """W + W ⊙ BA, for a W that others may have changed."""
-        return weight + weight * (self.hira_B @ self.hira_A).to(weight.dtype)

@@ -94,13 +94,13 @@ class HRA(LinearMethod):
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        down, up = self._kept.get("update", [self.hra_u, self.site.weight], self._update)
+        down, up = self._kept.get("update", [self.hra_u, self.site.stored], self._update)
         return plus_low_rank(signal, signal.x.to(down.dtype), down, up, 1.0)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W H_1 ... H_r."""
         left, basis = self.factors()
-        return (weight - (weight.to(basis.dtype) @ basis) @ left.T).to(weight.dtype)
+        return (weight - (self.site.weight.to(basis.dtype) @ basis) @ left.T).to(weight.dtype)
 
 
 def _pair_layout(rank: int) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ class MiSS(LinearMethod):
         x = signal.x.to(self.miss_block.dtype)
         x = dropout(x, self.config.dropout, self.training) if self.config.dropout else x
         if self.config.variant == "bat":
-            return plus_product(signal, x, self._kept.get("bat", [self.miss_block, self.site.weight], self._bat))
+            return plus_product(signal, x, self._kept.get("bat", [self.miss_block, self.site.stored], self._bat))
         missing = -x.shape[-1] % self.config.r
         x = pad(x, (0, missing)) if missing else x
         return plus_product(signal, x.reshape(*x.shape[:-1], -1, self.config.r).sum(-2), self._up().T)

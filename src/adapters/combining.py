@@ -1,0 +1,80 @@
+"""The verbs that combine adapters with the weights of the model, and with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from . import averaging
+from .composition import Stack, parse_composition
+from .configuration.model_adapters_config import ModelAdaptersConfig
+from .errors import AdapterError, listing
+from .sitemap import SiteMap
+
+if TYPE_CHECKING:
+    from .model import ModelAdaptersMixin
+
+
+class CombiningMixin:
+    """A model's adapters, merged into its weights or averaged."""
+
+    adapters_config: ModelAdaptersConfig
+    adapter_sites: SiteMap
+
+    @property
+    def _model(self) -> ModelAdaptersMixin:
+        return cast("ModelAdaptersMixin", self)
+
+    def merge_adapter(self, adapter_name: Any, delete_adapter: bool = False) -> None:
+        """Work an adapter into the weights: it acts in every pass at no cost, whatever is active.
+
+        ``reset_adapter``, ``set_active_adapters`` and what calls it put back the stored weights, bit for bit.
+
+        Args:
+            adapter_name: an adapter of which all modules can be merged, such as LoRA or (IA)³ without gates; or a
+                ``Stack`` or ``Average`` of such adapters.
+            delete_adapter: remove the adapters and keep the merged weights for good.
+
+        Raises:
+            UnknownAdapterError: the model has no adapter of that name.
+            AdapterError: it cannot be merged, or another one is; nothing was changed then.
+
+        Example:
+            >>> model.merge_adapter("sst-2")
+        """
+        setup = parse_composition(adapter_name)
+        if setup is None:
+            raise AdapterError(
+                f"merge_adapter({adapter_name!r}): it names no adapter; give one of {listing(self.adapters_config)}."
+            )
+        self._model._check_names("merge_adapter", setup)
+        self.adapter_sites.merge(setup.first() if setup == Stack(setup.first()) else setup)
+        if delete_adapter:
+            self.adapter_sites.reset(keep=True)
+            for name in setup.flatten():
+                self._model.delete_adapter(name)
+
+    def reset_adapter(self) -> None:
+        """Take what is merged, if anything is, out of the weights; they are what they were, bit for bit."""
+        self.adapter_sites.reset()
+
+    def average_adapter(
+        self,
+        adapter_name: str,
+        adapter_list: Any,
+        weights: Sequence[float] | None = None,
+        combine_strategy: str = "linear",
+        normalize_weights: bool = True,
+        overwrite_ok: bool = False,
+        set_active: bool = False,
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose weights are an average of others'. See ``averaging.average_adapter``."""
+        averaging.average_adapter(
+            self._model,
+            adapter_name,
+            averaging.Shares.of("average_adapter", adapter_list, weights, normalize_weights),
+            averaging.Strategy(combine_strategy, svd_rank),
+            overwrite_ok,
+            set_active,
+        )
