@@ -20,11 +20,14 @@ ORDER += [
     "evaluation",
     "interfaces",
     "topology",
+    "samples",
     "quantised",
     "trace",
+    "fused",
     "sites",
     "layouts",
     "prompts",
+    "positions",
     "sublayers",
     "streams",
     "vocabulary",
@@ -37,11 +40,13 @@ ORDER += [
 ]
 ORDER += ["configuration.resolve", "configuration.model_adapters_config"]
 ORDER += [
+    "reports",
     "repetition",
     "placement",
     "sitemap",
     "summary",
     "sharing",
+    "mixing",
     "averaging",
     "combining",
     "checkpoints",

@@ -68,13 +68,30 @@ class CombiningMixin:
         overwrite_ok: bool = False,
         set_active: bool = False,
         svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter whose weights are an average of others'. See ``averaging.average_adapter``."""
-        averaging.average_adapter(
-            self._model,
-            adapter_name,
-            averaging.Shares.of("average_adapter", adapter_list, weights, normalize_weights),
-            averaging.Strategy(combine_strategy, svd_rank),
-            overwrite_ok,
-            set_active,
+        """Add an adapter that is an average, or another combination, of others.
+
+        Args:
+            adapter_list: names, or weights by name.
+            weights: a number for each, which may be negative; by default all count the same.
+            combine_strategy: one of the table in docs/merging.md, such as "linear" or "ties", or PEFT's name of one.
+            normalize_weights: divide the weights by their sum; where signs are elected, by their mean.
+            svd_rank: the rank of the result, for those that decompose a change; by default the largest one.
+            density: the share of values to keep, for those that drop some.
+            majority_sign_method: elect the sign with the larger sum, "total", or the one that more adapters have,
+                "frequency".
+
+        Raises:
+            UnknownAdapterError: the model has no such adapter.
+            AdapterError: the adapters do not fit each other or the strategy; nothing was changed then.
+
+        Example:
+            >>> model.average_adapter("both", {"mnli": 1, "qqp": 0.5}, combine_strategy="ties", density=0.2)
+        """
+        strategy = averaging.Strategy(combine_strategy, svd_rank, density, majority_sign_method)
+        shares = averaging.Shares.of(
+            "average_adapter", adapter_list, weights, normalize_weights, by_mean=strategy.mixing.elects
         )
+        averaging.average_adapter(self._model, adapter_name, shares, strategy, overwrite_ok, set_active)

@@ -258,3 +258,96 @@ def test_an_average_of_heads() -> None:
         model.average_head("x", ["a"])
     with pytest.raises(ConfigError, match="Invalid combine_strategy"):
         model.average_adapter("y", ["a"], combine_strategy="median")
+
+
+ELEMENTWISE = {"ties": 0.5, "dare_linear": 0.5, "dare_ties": 0.5, "magnitude_prune": 0.5}
+
+
+def test_any_method_can_be_pruned_and_elected() -> None:
+    model = plain("bert")
+    adapters.init(model)
+    for name in ("a", "b"):
+        model.add_adapter(name, METHODS["seq_bn"])
+        disturb(model, name)
+    model.average_adapter("x", ["a", "b"], combine_strategy="ties", density=0.5)
+    for (_, a), (_, b), (_, x) in zip(*(model.adapter_sites.holding(name) for name in "abx"), strict=True):
+        for key, found in x.state_dict().items():
+            kept = []
+            for tensor in (a.state_dict()[key], b.state_dict()[key]):
+                smallest = tensor.abs().flatten().sort(descending=True).values[tensor.numel() // 2 - 1]
+                kept.append(torch.where(tensor.abs() >= smallest, tensor, 0.0))
+            positive = sum(kept) >= 0
+            chosen = [torch.where((part > 0) == positive, part, 0.0) * (part != 0) for part in kept]
+            count = sum((part != 0).float() for part in chosen).clamp(min=1)
+            torch.testing.assert_close(found, sum(chosen) / count)
+    for strategy, density in ELEMENTWISE.items():
+        model.average_adapter(strategy, {"a": 1, "b": -0.5}, combine_strategy=strategy, density=density)
+        assert torch.isfinite(run(model, inputs("bert"), strategy)).all()
+
+
+def test_keeping_all_is_the_weighted_sum() -> None:
+    model = with_loras()
+    for name, strategy in {"x": "lora_linear", "y": "dare_linear", "z": "magnitude_prune"}.items():
+        density = None if strategy == "lora_linear" else 1
+        model.average_adapter(name, {"a": 2, "b": -1}, combine_strategy=strategy, density=density)
+    for x, y, z in zip(*(changes(model, name) for name in "xyz"), strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)
+
+
+@pytest.mark.parametrize("strategy", ["lora_cat", "svd"])
+def test_ranks_scales_and_starts_may_differ_where_changes_are_combined(strategy: str) -> None:
+    model = adapted("gpt2")
+    fields = {"attn_matrices": ["q", "v"], "intermediate_lora": True}
+    model.add_adapter("a", LoRAConfig(r=2, alpha=6, use_rslora=True, rank_pattern={"v": 3}, lora_bias=True, **fields))
+    model.add_adapter("b", LoRAConfig(r=4, alpha=8, init_weights="pissa", lora_bias=True, **fields))
+    model.add_adapter("c", LoRAConfig(r=1, alpha=2, rank_pattern={"q": 0}, lora_bias=True, **fields))
+    for name in "abc":
+        disturb(model, name)
+    shares = {"a": 0.5, "b": 0.75, "c": -0.25}
+    model.average_adapter("x", shares, combine_strategy=strategy, svd_rank=None if strategy == "lora_cat" else 12)
+    assert (model.adapters_config.get("x").use_rslora, model.adapters_config.get("x").rank_pattern) == (False, {})
+    wanted: dict[str, list] = {}
+    for name, share in shares.items():
+        for site, module in model.adapter_sites.holding(name):
+            zeros = torch.zeros_like(site.weight), torch.zeros_like(site.bias)
+            both = share * module.merged_weight(zeros[0]), share * module.merged_bias(zeros[1])
+            wanted[site.path] = [old + new for old, new in zip(wanted.get(site.path, zeros), both, strict=True)]
+    for site, module in model.adapter_sites.holding("x"):
+        weight, bias = wanted[site.path]
+        torch.testing.assert_close(module.merged_weight(torch.zeros_like(weight)), weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module.merged_bias(torch.zeros_like(bias)), bias, rtol=1e-4, atol=1e-5)
+
+
+REFUSED_OPTIONS = {
+    "density is None; give the share of values to keep": {"combine_strategy": "ties"},
+    "density is 0; give": {"combine_strategy": "dare_ties", "density": 0},
+    "it drops no values; leave out density=0.5": {"density": 0.5},
+    "majority_sign_method 'most' is not 'total' or 'frequency'": {"majority_sign_method": "most"},
+    "or PEFT's name of one": {"combine_strategy": "median"},
+    "lora_cat not supported for the chosen": {"adapter_list": ["bottle"], "combine_strategy": "lora_cat"},
+    "ties_svd not supported": {"adapter_list": ["dora"], "combine_strategy": "ties_svd", "density": 0.5},
+    "lora_linear not supported": {"adapter_list": ["pissa"], "combine_strategy": "lora_linear"},
+    "only some of them keep their start": {"adapter_list": ["a", "pissa"]},
+    "differ in more than 'dropout', 'init_weights', 'alpha'": {
+        "adapter_list": ["a", "wide"],
+        "combine_strategy": "lora_linear",
+    },
+}
+
+
+def test_refused_strategies_change_nothing() -> None:
+    model = with_loras(r=4)
+    for name, config in {
+        "bottle": METHODS["seq_bn"],
+        "dora": METHODS["lora"].replace(use_dora=True),
+        "pissa": METHODS["lora"].replace(init_weights="pissa"),
+        "wide": METHODS["lora"].replace(r=8),
+    }.items():
+        model.add_adapter(name, config)
+    before, names = weights_of(model), list(model.adapters_config)
+    for message, options in REFUSED_OPTIONS.items():
+        with pytest.raises(AdapterError, match=message):
+            model.average_adapter(**{"adapter_name": "x", "adapter_list": ["a", "b"]} | options)
+        assert unchanged(model, before)
+        assert list(model.adapters_config) == names
