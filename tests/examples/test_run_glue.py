@@ -1,14 +1,12 @@
 """run_glue.py as a user starts it: GLUE and own files, adapters and the whole model, stops and mistakes."""
 
 import csv
-import importlib.util
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
+from example_runs import DATA, SCRIPTS, Run, load_script, results, runner, write_model
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, BertTokenizer, set_seed
 
 import adapters
 from adapters import AutoAdapterModel
 from adapters.errors import AdapterError
 
-SCRIPT = Path(__file__).parents[2] / "examples/pytorch/text-classification/run_glue.py"
-SENTIMENT = Path(__file__).parents[3] / "shared/data/sentiment/movieReviewSnippets_GroundTruth.txt"
+SCRIPT = SCRIPTS / "text-classification/run_glue.py"
+SENTIMENT = DATA / "sentiment/movieReviewSnippets_GroundTruth.txt"
 PAIRS = [
     ("the cat sat on the mat", "a cat was sitting on the mat", 1),
     ("he sold the old car", "she bought a small house", 0),
@@ -34,19 +32,6 @@ PAIRS = [
     ("we ate fish", "they won the cup", 0),
 ]
 REVIEWS = [("a fine film", "good"), ("dull and long", "bad"), ("great fun", "good"), ("a waste of time", "bad")]
-Run = Callable[..., Path]
-
-
-def write_model(folder: Path, texts: list[str], **settings: Any) -> None:
-    """A random BERT of two layers, and a tokenizer that knows the words of the texts."""
-    words = sorted({word for text in texts for word in text.lower().split()})
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]), "utf-8")
-    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64)
-    tokenizer.save_pretrained(folder)
-    set_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, **settings}
-    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **size)).save_pretrained(folder)
 
 
 def pairs(labels: bool = True, times: int = 4) -> dict[str, list[Any]]:
@@ -75,32 +60,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_glue", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_glue"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("text-classification/run_glue.py")
 
 
 @pytest.fixture
 def run(script: ModuleType, place: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the script in this process; returns its output folder."""
-
-    def start(line: str, steps: int = 2) -> Path:
-        common = (
-            f"--model_name_or_path bert-base-uncased --output_dir out --max_seq_length 16 --cache_dir {place / 'cache'}"
-        )
-        limits = f"--max_steps {steps} --use_cpu --disable_tqdm True"
-        monkeypatch.setattr(sys, "argv", ["run_glue.py", *common.split(), *limits.split(), *line.split()])
-        script.main()
-        return place / "out"
-
-    return start
-
-
-def results(folder: Path, kind: str = "eval") -> dict[str, float]:
-    return json.loads((folder / f"{kind}_results.json").read_text())
+    return runner(script, place, monkeypatch, "--model_name_or_path bert-base-uncased --max_seq_length 16")
 
 
 # --- the command of the documentation --------------------------------------------------------------------------------
@@ -378,7 +343,7 @@ def test_the_whole_model_is_trained_without_train_adapter(run: Run, place: Path)
 def test_a_trained_model_evaluates_alike_when_it_is_loaded_again(run: Run, place: Path, adapter: bool):
     write_glue(place / "glue")
     trained = results(run(f"--task_name mrpc --do_train --do_eval --learning_rate 1e-2 {'--train_adapter' * adapter}"))
-    source = "--load_adapter out/mrpc --train_adapter" if adapter else "--model_name_or_path out"
+    source = "--load_adapter OUT/mrpc --train_adapter" if adapter else "--model_name_or_path OUT"
     loaded = results(run(f"--task_name mrpc --do_eval {source}"))
     assert loaded["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
 
@@ -396,11 +361,11 @@ def test_language_adapters_stay_below_and_frozen(run: Run, place: Path):
 
 def test_options_from_a_json_file(script: ModuleType, place: Path, monkeypatch: pytest.MonkeyPatch):
     write_glue(place / "glue")
-    options = {"model_name_or_path": "bert-base-uncased", "task_name": "mrpc", "output_dir": "out", "do_eval": True}
+    options = {"model_name_or_path": "bert-base-uncased", "task_name": "mrpc", "output_dir": "OUT", "do_eval": True}
     (place / "options.json").write_text(json.dumps({**options, "use_cpu": True, "max_eval_samples": 5}))
     monkeypatch.setattr(sys, "argv", ["run_glue.py", "options.json"])
     script.main()
-    assert results(place / "out")["eval_samples"] == 5
+    assert results(place / "OUT")["eval_samples"] == 5
 
 
 @pytest.mark.parametrize("split", ["train", "eval", "predict"])
@@ -447,7 +412,7 @@ MISTAKES: list[tuple[dict[str, list[tuple[str, ...]]], str, str]] = [
         "validation data has no column text, only review, label",
     ),
     (
-        {"out/notes.txt": []},
+        {"OUT/notes.txt": []},
         "--task_name mrpc --do_train",
         "is not empty and has no checkpoint.*--overwrite_output_dir",
     ),
