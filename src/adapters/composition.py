@@ -68,6 +68,13 @@ class Block(Sequence["Setup"]):
             elif child is not None:
                 yield child
 
+    def blocks(self) -> Iterator[Block]:
+        """This block and all below it, from the outside in."""
+        yield self
+        for child in self.children:
+            if isinstance(child, Block):
+                yield from child.blocks()
+
     def flatten(self) -> set[str]:
         """The set of adapter names."""
         return set(self.leaves())
@@ -195,7 +202,7 @@ class Average(Block):
             raise CompositionError(
                 f"Average(weights={weights}): {len(weights)} weights for {count} children; give one each."
             )
-        values = [1.0 / count] * count if weights is None else [float(weight) for weight in weights]
+        values = [1.0 / max(count, 1)] * count if weights is None else [float(weight) for weight in weights]
         if weights is not None and normalize_weights:
             if not sum(values):
                 raise CompositionError(
@@ -233,7 +240,10 @@ class Route(Block):
 
 
 class Rows(MultiTask):
-    """Each row goes to the child that ``adapter_names`` of the forward call gives it; made from that argument."""
+    """Each row goes to the child that ``adapter_names`` of the forward call gives it; made from that argument.
+
+    Its children may be what a whole setup may be, but for blocks that divide or repeat the batch.
+    """
 
 
 BLOCKS: dict[str, type[Block]] = {
@@ -249,7 +259,7 @@ ALLOWED_NESTINGS: dict[type[Block], list[type]] = {
     Average: [str, Stack, Split, BatchSplit, Route],
     MultiTask: [str, Stack, Average, Fuse, Route],
     Route: [str, Stack],
-    Rows: [str, Stack, Split, Average, Fuse, Route],
+    Rows: [str, Stack, Split, Average, Fuse, Route, MultiTask],
 }
 
 
@@ -269,7 +279,8 @@ def validate_composition(adapter_composition: Setup, level: int = 0, model_type:
     """Check a setup against the table of allowed nestings.
 
     Raises:
-        CompositionError: a block stands where it may not, or deeper than a Stack within a block.
+        CompositionError: a block stands where it may not, or deeper than a Stack within a block; or blocks of Parallel
+            disagree on the number of channels.
     """
     if level > 1 and not (adapter_composition is None or isinstance(adapter_composition, (str, Stack))):
         raise CompositionError(
@@ -285,7 +296,26 @@ def validate_composition(adapter_composition: Setup, level: int = 0, model_type:
                     f"{type(adapter_composition).__name__}; allowed there are "
                     f"{listing(kind.__name__ for kind in allowed)}."
                 )
-            validate_composition(child, level + 1, model_type)
+            validate_composition(child, level + (not isinstance(adapter_composition, Rows)), model_type)
+        if level == 0:
+            _check_channels(adapter_composition)
+
+
+def _check_channels(setup: Block) -> None:
+    """Refuse copies of the batch that fit no block, or a part of it only."""
+    widths = sorted({len(block) for block in setup.blocks() if isinstance(block, Parallel)})
+    if len(widths) > 1:
+        raise CompositionError(
+            f"{setup}: its blocks of Parallel have {widths[0]} and {widths[-1]} children; give all of them the same "
+            "number, since channel i of one goes on in channel i of the next."
+        )
+    if isinstance(setup, Rows):
+        for block in setup.blocks():
+            if isinstance(block, (Parallel, BatchSplit)):
+                raise CompositionError(
+                    f"adapter_names: {block} stands in the setup of a row, and a row is no batch; name what that row "
+                    "is for."
+                )
 
 
 @overload

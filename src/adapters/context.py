@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .sitemap import SiteMap
 
 T = TypeVar("T")
-Reports = dict[str, dict[int, dict[str, list[tuple[int, Tensor]]]]]
+Report = tuple[int, Tensor | None, Tensor]
+"""The number of the site, the rows (None: all), the values (b, …)."""
+Reports = dict[str, dict[int, dict[str, list[Report]]]]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a pass was asked to report: name -> layer -> location -> values (b, …), each with its place among them."""
+    """What a pass was asked to report: name -> layer -> location -> values."""
 
     gating_scores: Reports | None = None
     fusion_attentions: Reports | None = None
@@ -82,12 +84,14 @@ class Forward:
         return value
 
 
-def report(kind: Literal["gating_scores", "fusion_attentions"], module: Any, values: Tensor) -> None:
-    """Note values (b, …) of a module, where the pass was asked for that `kind` of report, a field of ``Record``."""
+def report(
+    kind: Literal["gating_scores", "fusion_attentions"], module: Any, values: Tensor, rows: Tensor | None
+) -> None:
+    """Note values (b, …) of a module for these rows, if the pass was asked for that `kind`, a field of ``Record``."""
     record = None if state.forward is None else state.forward.record
     reports = None if record is None else getattr(record, kind)
     if reports is not None:
-        reports[module.name][module.layer][module.location].append((module.order, values.detach()))
+        reports[module.name][module.layer][module.location].append((module.order, rows, values.detach()))
 
 
 class _State(threading.local):
@@ -171,7 +175,8 @@ class AdapterSetup:
     adapter_setup: Any
     head_setup: Any = None
     ignore_empty: bool = False
-    assignment: tuple[int, ...] = field(default=(), init=False)
+    assignment: tuple[int, ...] | None = field(default=None, init=False)
+    owner: SiteMap | None = field(default=None, init=False, repr=False)
     _outer: list[tuple[AdapterSetup, ...]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -182,18 +187,20 @@ class AdapterSetup:
         self._empty = self.ignore_empty and self.adapter_setup is None and self.head_setup is None
 
     @classmethod
-    def of_names(cls, adapter_names: Any) -> Self:
-        """The setup that ``adapter_names`` of a forward call asks for.
+    def of_names(cls, adapter_names: Any, owner: SiteMap) -> Self:
+        """The setup that ``adapter_names`` of a call of one model asks for.
 
         A list has one setup for each row of the batch, in which None and ``"__base__"`` are the unadapted model; a name
         or a block is the setup of all rows.
         """
-        if not isinstance(adapter_names, (list, tuple)):
-            return cls(adapter_names)
-        named = [None if name == "__base__" else name for name in adapter_names]
+        rowwise = isinstance(adapter_names, (list, tuple))
+        given = adapter_names if rowwise else [adapter_names]
+        named = [None if name == "__base__" else parse_composition(name, level=None) for name in given]
         children = list(dict.fromkeys(named))
-        setup = cls(Rows(*children))
-        setup.assignment = tuple(children.index(name) for name in named)
+        setup = cls(Rows(*children) if rowwise else named[0])
+        setup.owner = owner
+        if rowwise:
+            setup.assignment = tuple(children.index(name) for name in named)
         return setup
 
     def __enter__(self) -> Self:
@@ -218,6 +225,14 @@ class AdapterSetup:
     def get_context(cls) -> AdapterSetup | None:
         """The innermost open context of this thread."""
         return state.setups[-1] if state.setups else None
+
+    @classmethod
+    def acting_on(cls, sites: SiteMap) -> AdapterSetup | None:
+        """The innermost open context of this thread that concerns a model: ``adapter_names`` concerns one alone."""
+        for setup in reversed(state.setups):
+            if setup.owner is None or setup.owner is sites:
+                return setup
+        return None
 
     @classmethod
     def get_context_adapter_setup(cls) -> Block | None:

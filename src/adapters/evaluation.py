@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Route, Rows, Setup, Split, Stack
+from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Parallel, Route, Setup, Split, Stack
+from .context import Forward, state
 from .errors import CompositionError
 from .signals import Signal
 
@@ -46,6 +47,39 @@ def evaluate(tree: Setup, signal: S, site: Site) -> S:
     return _evaluate_rows(tree, sizes, signal, site)
 
 
+def check_batch(forward: Forward, rows: int | None) -> None:
+    """Refuse a batch of so many rows (None: unknown) that sizes, tasks or names of the setup do not fit.
+
+    ``generate`` repeats rows in place later, so there only what it was given is checked.
+    """
+    if rows is None or (state.generating is forward.sites and state.forward is not None):
+        return
+    for asked, values in (("adapter_names", forward.assignment), ("task_ids", forward.task_ids)):
+        if values is not None and len(values) != rows:
+            raise CompositionError(
+                f"{asked}: it has {len(values)} entries, the batch has {rows} rows; give one entry for each row."
+            )
+    _check_sizes(forward.setup, rows)
+
+
+def _check_sizes(tree: Setup, rows: int) -> None:
+    if isinstance(tree, BatchSplit):
+        if rows != sum(tree.batch_sizes):
+            raise _sizes_differ(tree, rows)
+        for child, size in zip(tree.children, tree.batch_sizes, strict=True):
+            _check_sizes(child, size)
+    elif isinstance(tree, Block) and not isinstance(tree, MultiTask):
+        for child in tree.children:
+            _check_sizes(child, rows // len(tree) if isinstance(tree, Parallel) else rows)
+
+
+def _sizes_differ(tree: BatchSplit, rows: int) -> CompositionError:
+    return CompositionError(
+        f"BatchSplit(batch_sizes={tree.batch_sizes}): sizes sum to {sum(tree.batch_sizes)}, the batch has {rows} rows; "
+        "they must be equal."
+    )
+
+
 def _evaluate_rows(tree: Block, sizes: Sequence[int], signal: S, site: Site) -> S:
     group = site.group(tree)
     if group is not None and group.complete and len(set(sizes)) == 1:
@@ -58,11 +92,13 @@ def _evaluate_rows(tree: Block, sizes: Sequence[int], signal: S, site: Site) -> 
 def _evaluate_parts(children: Sequence[Setup], sizes: Sequence[int], signal: S, site: Site) -> S:
     parts = zip(children, sizes, signal.split(sizes), strict=True)
     outputs = [evaluate(child, part, site) for child, size, part in parts if size]
+    if not outputs:
+        return signal
     return replace(type(signal).cat(outputs), rows=signal.rows)
 
 
 def _channel_sizes(tree: Block, rows: int, site: Site) -> list[int]:
-    if not site.rows_are_repeated or rows % len(tree):
+    if len(tree) > 1 and (not site.rows_are_repeated or rows % len(tree)):
         raise CompositionError(
             f"{tree}: a part of the model was called by itself with {rows} rows, which were not repeated for the "
             f"{len(tree)} channels; call the model as a whole, or this part under AdapterSetup with another block."
@@ -76,9 +112,7 @@ def _batch_sizes(tree: BatchSplit, rows: int, site: Site) -> list[int]:
         return sizes
     if total and rows % total == 0 and site.rows_are_expanded:  # generate repeats each row in place for its beams
         return [size * (rows // total) for size in sizes]
-    raise CompositionError(
-        f"BatchSplit(batch_sizes={sizes}): sizes sum to {total}, the batch has {rows} rows; they must be equal."
-    )
+    raise _sizes_differ(tree, rows)
 
 
 def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
@@ -98,16 +132,16 @@ def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
 
 def _evaluate_tasks(tree: MultiTask, signal: S, site: Site) -> S:
     tasks = signal.own(site.task_ids(tree), site.rows_are_expanded)
-    if not isinstance(tree, Rows) and (
-        len(tasks) != len(signal) or int(tasks.min()) < 0 or int(tasks.max()) >= len(tree)
-    ):
-        raise CompositionError(
-            f"{tree}: task_ids={tasks.tolist()} for {len(signal)} rows; give each row one number from 0 to "
-            f"{len(tree) - 1}, or a child's name."
-        )
+    if len(tasks) != len(signal):
+        raise CompositionError(f"{tree}: {len(tasks)} tasks for {len(signal)} rows; there must be one for each row.")
     group = site.group(tree)
     if group is not None and group.suits(len(signal)):
         return group.apply(signal, tasks)
+    if torch.compiler.is_compiling():  # how many rows each child has is not known to the graph: each gets all
+        selected = signal
+        for number, child in enumerate(tree.children):
+            selected = selected.select((tasks == number).to(signal.features.device), evaluate(child, signal, site))
+        return selected
     order = torch.argsort(tasks, stable=True)
     sizes = torch.bincount(tasks, minlength=len(tree)).tolist()
     output = _evaluate_parts(tree.children, sizes, signal.take(order), site)

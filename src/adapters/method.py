@@ -100,9 +100,9 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
         """For each of these experts its weight (b, s or 1, 1) in the mix of ``Route``."""
         raise NotImplementedError
 
-    def report_gate(self, gate: Tensor) -> None:
-        """Note the gate (b, k) where the forward call asks for ``output_adapter_gating_scores``."""
-        report("gating_scores", self, gate)
+    def report_gate(self, gate: Tensor, signal: Signal) -> None:
+        """Note the gate (b, k) of a signal's rows where the forward call asks for ``output_adapter_gating_scores``."""
+        report("gating_scores", self, gate, signal.rows)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The weight (out, in) of the site's linear map with this adapter worked in."""

@@ -20,7 +20,7 @@ from .configuration.base import AdapterConfig
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .configuration.registry import DEFAULT_ADAPTER_CONFIG
 from .context import current, keeping_context
-from .errors import AdapterError, ConfigError, UnknownAdapterError, listing
+from .errors import AdapterError, CompositionError, ConfigError, UnknownAdapterError, listing
 from .invertible import InvertibleAdaptersMixin
 from .methods import lora_data
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
@@ -72,8 +72,8 @@ class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, Base):  # type
             sites.add(name, configured.members(name))
         for name in configured.fusions:
             config, adapter_names = configured.get_fusion(name)
-            if config is not None and adapter_names is not None:
-                sites.add_fusion(Fuse(*adapter_names, name=name), config)
+            if config is not None and not set(configured).isdisjoint(adapter_names or ()):
+                sites.add_fusion(Fuse(*(adapter_names or ()), name=name), config)
 
     def _own_head(self) -> tuple[nn.Module | None, tuple[Linear, ...]]:
         """The map from hidden states to words that the model's own forward uses; all maps outside of the base model."""
@@ -197,6 +197,7 @@ class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, Base):  # type
                     "added; pass overwrite_ok=True to replace it, or choose another name."
                 )
             self.delete_adapter_fusion(fuse)
+            self.adapter_sites.fusion_places(fuse)
         self.adapters_config.add_fusion(list(fuse.leaves()), loaded, fuse.name)
         try:
             self.adapter_sites.add_fusion(fuse, loaded)
@@ -244,7 +245,11 @@ class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, Base):  # type
         """
         setup = parse_composition(adapter_setup, model_type=self.config.model_type)
         self._check_names("set_active_adapters", setup)
-        check_layers(self.adapter_sites.anatomy, f"set_active_adapters(skip_layers={skip_layers})", skip_layers or ())
+        check_layers(
+            self.adapter_sites.anatomy,
+            f"set_active_adapters(skip_layers={skip_layers})",
+            () if skip_layers is None else skip_layers,
+        )
         self.adapter_sites.reset()
         self.adapter_sites.activate(setup, skip_layers)
         self.adapters_config.active_setup = setup
@@ -347,10 +352,17 @@ class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, Base):  # type
         Example:
             >>> model.train_adapter_fusion(Fuse("mnli", "qqp"))
         """
-        self.train_adapter(adapter_setup)
+        setup = parse_composition(adapter_setup)
+        fusions = _fusions(setup)
+        if not fusions:
+            raise CompositionError(
+                f"train_adapter_fusion({adapter_setup!r}): it has no Fuse block, so that there is no fusion to train; "
+                "give Fuse(…) or a Stack with one, or call train_adapter."
+            )
+        self.train_adapter(setup)
         if not unfreeze_adapters:
             self.freeze_model(True)
-        for fuse in _fusions(self.active_adapters):
+        for fuse in fusions:
             for site in self.adapter_sites.fusion_sites(fuse.name):
                 site.fusions[fuse.name].requires_grad_(True)
 
@@ -543,9 +555,5 @@ def _fuse(adapter_names: Any, name: str | None) -> Fuse:
     )
 
 
-def _fusions(setup: Any) -> Iterator[Fuse]:
-    if isinstance(setup, Fuse):
-        yield setup
-    if isinstance(setup, Block):
-        for child in setup.children:
-            yield from _fusions(child)
+def _fusions(setup: Block | None) -> list[Fuse]:
+    return [block for block in setup.blocks() if isinstance(block, Fuse)] if setup else []

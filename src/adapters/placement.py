@@ -80,6 +80,8 @@ def _check_asked(sites: SiteMap, name: str, config: AdapterConfig) -> None:
 
 def check_layers(anatomy: Anatomy, asked: str, layers: Iterable[int]) -> None:
     """Refuse numbers that no layer of the model has; layers that share their weights have one number each."""
+    if not isinstance(layers, (list, tuple, set, frozenset)) or not all(isinstance(layer, int) for layer in layers):
+        raise AdapterError(f"{asked}: layers are given as a list of whole numbers, such as [0, 1].")
     count = max(len(anatomy.blocks), getattr(anatomy.base_model.config, "num_hidden_layers", 0))
     unknown = sorted(layer for layer in layers if not 0 <= layer < count)
     if unknown and anatomy.blocks:

@@ -7,6 +7,7 @@ repeated, which costs a copy in place of a block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +15,37 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from .context import Forward, state
+from .errors import CompositionError
 from .topology import Anatomy
 
 ROW_VECTORS = ("labels", "start_positions", "end_positions", "next_sentence_label", "task_ids")
 """Inputs of one number for each row; all else of one dimension (cache positions, say) belongs to no row."""
 CACHES = ("past_key_values", "past_key_value", "cache_params")
+
+
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """The number of rows that a model is given; None if nothing says it."""
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return int(value.shape[0])
+    return None
+
+
+def repeat_inputs(
+    args: Sequence[Any], kwargs: Mapping[str, Any], channels: int
+) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+    """All that has a row for each input once per channel, channel after channel; and the number of rows before.
+
+    Raises:
+        CompositionError: nothing says how many rows there are.
+    """
+    batch = batch_size(args, kwargs)
+    if batch is None:
+        raise CompositionError(
+            "Parallel: the forward call has no tensor with a batch dimension; pass input_ids or another input."
+        )
+    named = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
+    return tuple(repeated(value, batch, channels) for value in args), named, batch
 
 
 def repeated(value: Any, batch: int, channels: int, name: str = "") -> Any:
@@ -44,6 +71,11 @@ class SharedBlocks:
         once = getattr(anatomy.base_model.config, "num_hidden_layers", 0) <= len(blocks)
         self._layers: dict[nn.Module, int] = {block.module: block.layer for block in blocks} if once else {}
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the blocks are hooked."""
+        return bool(self._handles)
 
     def attach(self, wanted: bool) -> None:
         """Hook the blocks, or unhook them."""

@@ -203,7 +203,21 @@ class SiteMap:
         Raises:
             CompositionError: its adapters sit at no common sub-layer.
         """
-        leaves = fuse.flatten()
+        places = self.fusion_places(fuse)
+        dropout = getattr(self.base_model.config, "attention_probs_dropout_prob", 0.0) or 0.0
+        for site in places:
+            fusion = Fusion(config, site.width, dropout)
+            like(site, fusion, keep_dtype=False)
+            fusion.name, fusion.layer, fusion.location = fuse.name, site.layer, site.location
+            site.put_fusion(fuse.name, fusion)
+
+    def fusion_places(self, fuse: Fuse) -> list[SublayerSite]:
+        """Where the layers of `fuse` go. An adapter of it that was deleted meanwhile does not count.
+
+        Raises:
+            CompositionError: its adapters sit at no common sub-layer, or also at other places.
+        """
+        leaves = fuse.flatten() & set(self.shared_modules)
         places = [site for site in self.of(SublayerSite) if leaves & set(site.adapters)]
         incomplete = [site for site in places if not leaves <= set(site.adapters)]
         if not places or incomplete:
@@ -215,13 +229,15 @@ class SiteMap:
             raise CompositionError(
                 f"add_adapter_fusion({fuse.name!r}): the adapters do not sit at the same sub-layers, {where}; "
                 "fuse bottleneck adapters that have the same mh_adapter, output_adapter, cross_adapter and leave_out."
+        beside = [site for site in self.sites if not isinstance(site, SublayerSite) and leaves & set(site.adapters)]
+        if places and beside:
+            raise CompositionError(
+                f"add_adapter_fusion({fuse.name!r}): {listing(leaves & set(beside[0].adapters))} acts at "
+                f"{beside[0].path or 'the embeddings'} too, where no update is there to be weighed; fuse adapters that "
+                "are bottlenecks and nothing else, or use Average."
             )
-        dropout = getattr(self.base_model.config, "attention_probs_dropout_prob", 0.0) or 0.0
-        for site in places:
-            fusion = Fusion(config, site.width, dropout)
-            like(site, fusion, keep_dtype=False)
-            fusion.name, fusion.layer, fusion.location = fuse.name, site.layer, site.location
-            site.put_fusion(fuse.name, fusion)
+            )
+        return places
 
     def remove_fusion(self, name: str) -> None:
         """Remove the layers of a fusion."""
@@ -258,14 +274,21 @@ class SiteMap:
             self._plans[key] = plans
         return self._plans[key]
 
-    def lowest_layer(self, plans: tuple[Setup, ...]) -> int:
+    def shared_below(self, plans: tuple[Setup, ...]) -> int:
+        """The blocks below this layer give every channel of Parallel the same, and compute it once."""
+        return self._lowest_layer(plans) if self._shared_blocks.attached else 0
+
+    def _lowest_layer(self, plans: tuple[Setup, ...]) -> int:
         """The lowest layer in which one of the plans acts; 0 if one acts before all layers."""
         acting = [site.layer for site, plan in zip(self.sites, plans, strict=True) if plan is not None]
         return max(0, min(acting)) if acting else 0
 
     def _refresh(self) -> None:
         self._plans = {}
-        self._shared_blocks.attach(len(self.shared_modules) > 1)
+        self._shared_blocks.attach(False)
+            repeats = setup is not None and setup.parallel_channels > 1
+            if repeats and self._lowest_layer(plans) and not torch.compiler.is_compiling():
+                self._shared_blocks.attach(True)
         self.activate(self.active, self.skip_layers)
 
     def by_layer(self, name: str) -> dict[int, dict[str, nn.Module]]:
@@ -304,7 +327,7 @@ class SiteMap:
 
     def effective(self) -> tuple[Block | None, tuple[Setup, ...]]:
         """The composition in force in this thread, an AdapterSetup before the active one, and its plans."""
-        context = AdapterSetup.get_context()
+        context = AdapterSetup.acting_on(self)
         if context is None:
             return self.active, self.active_plans
         setup: Block | None = context.adapter_setup

@@ -5,24 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, Cache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils.generic import ModelOutput
 
-from .composition import MultiTask
+from .composition import Block, MultiTask, Split
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .context import AdapterSetup, Forward, Record, generating, state, within
 from .errors import AdapterError, CompositionError
+from .evaluation import check_batch
 from .model import ModelAdaptersMixin
-from .repetition import repeated
+from .repetition import batch_size, repeat_inputs, repeated
+from .reports import with_record
 
 CONTEXT_ARGUMENTS = (
     "output_adapter_gating_scores",
@@ -103,6 +103,9 @@ def load_model(
         config = kwargs.get("config") or AutoConfig.from_pretrained(model_name_or_path)
         model_class = model_class._model_mapping[type(config)]
 
+    if issubclass(model_class, Swapped):
+        model_class = model_class._plain_class
+
     def build(self: Any, config: Any, *args: Any, **arguments: Any) -> None:
         model_class.__init__(self, config, *args, **arguments)
         ModelAdaptersMixin.init_adapters(self)
@@ -171,15 +174,17 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
                 current = outer
             else:
                 if own.get("adapter_names") is not None:
-                    state.setups = (*setups, AdapterSetup.of_names(own["adapter_names"]))
+                    state.setups = (*setups, AdapterSetup.of_names(own["adapter_names"], self.adapter_sites))
                 current = _open(self, own, {**dict(zip(positional, args, strict=False)), **kwargs})
             if self.repeats_inputs and not current.repeated:
                 args, kwargs, current = _repeat_for_parallel(current, args, kwargs)
+            if self is self.adapter_sites.base_model and (current.setup or current.assignment is not None):
+                check_batch(current, batch_size(args, kwargs))
             state.forward = current
             output = _entered(self, forward, inside)(self, *args, **kwargs)
         finally:
             state.forward, state.setups = outer, setups
-        return output if current.record is None or outer is not None else _with_record(output, current.record)
+        return output if current.record is None or outer is not None else with_record(output, current.record)
 
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -206,12 +211,9 @@ def _entered(model: ModelAdaptersMixin, forward: Callable[..., Any], inside: boo
 def _open(model: ModelAdaptersMixin, own: Mapping[str, Any], inputs: Mapping[str, Any]) -> Forward:
     sites = model.adapter_sites
     setup, plans = sites.effective()
-    context = AdapterSetup.get_context()
-    assignment = None
-    if context is not None and context.assignment:
-        if state.generating is not sites:
-            _check_assignment(context.assignment, inputs.values())
-        assignment = torch.tensor(context.assignment, device=model.device)
+    context = AdapterSetup.acting_on(sites)
+    named = context is not None and context.assignment is not None
+    assignment = torch.tensor(context.assignment, device=model.device, dtype=torch.long) if context and named else None
     gates, attentions = own.get("output_adapter_gating_scores"), own.get("output_adapter_fusion_attentions")
     masks, generates = _masks(model, inputs), state.generating is sites
     if generates and state.prompt is None:
@@ -248,15 +250,6 @@ def _length(inputs: Mapping[str, Any], names: Iterable[str]) -> int | None:
     return next((int(value.shape[1]) for value in found if isinstance(value, Tensor) and value.dim() > 1), None)
 
 
-def _check_assignment(assignment: tuple[int, ...], inputs: Iterable[Any]) -> None:
-    batch = _batch_size("adapter_names", inputs)
-    if len(assignment) != batch:
-        raise CompositionError(
-            f"adapter_names: it has {len(assignment)} entries, the batch has {batch} rows; give one entry for each row "
-            "(None for the model without adapters)."
-        )
-
-
 def _masks(model: ModelAdaptersMixin, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     names = (
@@ -268,23 +261,37 @@ def _masks(model: ModelAdaptersMixin, inputs: Mapping[str, Any]) -> dict[str, Te
     return {stack: mask for stack, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}
 
 
-def _task_ids(task_ids: Any, setup: Any) -> Tensor | None:
-    if task_ids is None or isinstance(task_ids, Tensor):
-        return task_ids
-    names = [child if isinstance(child, str) else None for block in _multitasks(setup) for child in block.children]
-    unknown = [task for task in task_ids if not isinstance(task, int) and task not in names]
-    if unknown:
+def _task_ids(given: Any, setup: Block | None) -> Tensor | None:
+    blocks = [block for block in setup.blocks() if type(block) is MultiTask] if setup is not None else []
+    if not blocks:
+        return given if isinstance(given, Tensor) else None
+    if given is None:
         raise CompositionError(
-            f"task_ids={list(task_ids)}: {unknown[0]!r} is no child of the setup {setup}; use one of {names}."
+            f"{setup}: the forward call has no task_ids; pass task_ids=, one child of {blocks[0]} for each row."
         )
-    return torch.tensor([task if isinstance(task, int) else names.index(task) for task in task_ids])
+    task_ids = given if isinstance(given, Tensor) else torch.tensor(_numbers(given, blocks[0]))
+    if task_ids.dim() != 1 or task_ids.dtype.is_floating_point:
+        raise CompositionError(
+            f"task_ids of the shape {tuple(task_ids.shape)} and of {task_ids.dtype}: they must be whole numbers, one "
+            "for each row; task_ids.long() makes some of floats."
+        )
+    if not torch.compiler.is_compiling() and len(task_ids):  # to look at values would break the graph
+        children = min(map(len, blocks))
+        if int(task_ids.min()) < 0 or int(task_ids.max()) >= children:
+            raise CompositionError(
+                f"task_ids={task_ids.tolist()}: {setup} has {children} children; give each row one number from 0 to "
+                f"{children - 1}, or a child's name."
+            )
+    return task_ids
 
 
-def _multitasks(setup: Any) -> Iterator[Any]:
-    if isinstance(setup, MultiTask):
-        yield setup
-    for child in getattr(setup, "children", ()):
-        yield from _multitasks(child)
+def _numbers(tasks: Sequence[Any], block: MultiTask) -> list[int]:
+    """The children that tasks are, which may be given by name."""
+    names = [child if isinstance(child, str) else None for child in block.children]
+    unknown = [task for task in tasks if not isinstance(task, int) and task not in names]
+    if unknown:
+        raise CompositionError(f"task_ids={list(tasks)}: {unknown[0]!r} is no child of {block}; use one of {names}.")
+    return [task if isinstance(task, int) else names.index(task) for task in tasks]
 
 
 def _repeat_for_parallel(
@@ -294,9 +301,7 @@ def _repeat_for_parallel(
     channels = 1 if current.setup is None else current.setup.parallel_channels
     if channels == 1:
         return args, kwargs, current
-    batch = _batch_size("Parallel", (*args, *kwargs.values()))
-    args = tuple(repeated(value, batch, channels) for value in args)
-    kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
+    args, kwargs, batch = repeat_inputs(args, kwargs, channels)
     masks = {stack: repeated(mask, batch, channels) for stack, mask in current.masks.items()}
     task_ids = repeated(current.task_ids, batch, channels, "task_ids")
     facts = {"masks": masks, "task_ids": task_ids, "channels": channels, "batch": batch}
@@ -305,49 +310,8 @@ def _repeat_for_parallel(
         kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
     )
     # what the blocks report of themselves is to be of one batch size
-    below = 0 if reported else current.sites.lowest_layer(current.plans)
+    below = 0 if reported else current.sites.shared_below(current.plans)
     return args, kwargs, replace(current, repeated=True, shared_below=below, **facts)
-
-
-def _batch_size(asked: str, values: Iterable[Any]) -> int:
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return int(value.shape[0])
-    raise CompositionError(
-        f"{asked}: the forward call has no tensor with a batch dimension; pass input_ids or another input."
-    )
-
-
-def _with_record(output: Any, record: Record) -> Any:
-    reports = {
-        "adapter_gating_scores": _plain(record.gating_scores),
-        "adapter_fusion_attentions": _plain(record.fusion_attentions),
-    }
-    reports = {name: report for name, report in reports.items() if report is not None}
-    if isinstance(output, ModelOutput):
-        for name, report in reports.items():
-            output[name] = report
-        return output
-    return (*output, *reports.values())
-
-
-def _plain(records: Any) -> Any:
-    """The record as plain dicts of arrays."""
-    if records is None:
-        return None
-    return {
-        name: {
-            layer: {location: _columns(values) for location, values in places.items()}
-            for layer, places in layers.items()
-        }
-        for name, layers in records.items()
-    }
-
-
-def _columns(values: list[tuple[int, Tensor]]) -> Any:
-    """The values of one place as an array, several of them in columns, in the order of their sites."""
-    ordered = [value for _, value in sorted(values, key=itemgetter(0))]
-    return torch.cat(ordered, -1).squeeze(-1).float().cpu().numpy()
 
 
 ENCODER_STEPS = ("_maybe_prepare_encoder_kwargs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation")
@@ -364,22 +328,29 @@ def _generate(cls: Any) -> Callable[..., Any]:
     @functools.wraps(cls.generate)
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None)
-        chosen = nullcontext() if names is None else AdapterSetup.of_names(names)
+        chosen = nullcontext() if names is None else AdapterSetup.of_names(names, self.adapter_sites)
         decodes = getattr(self.config, "is_encoder_decoder", False)  # whose prompt is complete at the first pass only
         prompt = None if decodes else _length({"inputs": inputs, **kwargs}, ("inputs", *_token_inputs(self)))
         with chosen, generating(self.adapter_sites, prompt):
-            context, setup = AdapterSetup.get_context(), self.effective_setup()
-            if context is not None and context.assignment:
-                _check_assignment(context.assignment, (inputs, *kwargs.values()))
-            channels = 1 if setup is None else setup.parallel_channels
-            if channels > 1:
-                batch = _batch_size("Parallel", (inputs, *kwargs.values()))
-                inputs = repeated(inputs, batch, channels)
-                kwargs = {name: repeated(value, batch, channels, name) for name, value in kwargs.items()}
+            setup = self.effective_setup()
+            if setup is not None:
+                inputs, kwargs = _for_setup(self, setup, inputs, kwargs)
             given = (inputs,) if inputs is not None or args else ()
             return cls.generate(self, *given, *args, **kwargs)
 
     return generate
+
+
+def _for_setup(model: Any, setup: Block, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The inputs of ``generate`` for a setup: sizes are checked, and all is repeated for Parallel."""
+    if any(isinstance(block, Split) for block in setup.blocks()):
+        raise CompositionError(
+            f"generate with {setup}: the sequence grows, so that no splits fit all of its lengths; use another block."
+        )
+    if setup.parallel_channels > 1:
+        (inputs,), kwargs, _ = repeat_inputs((inputs,), kwargs, setup.parallel_channels)
+    check_batch(_open(model, {"task_ids": kwargs.get("task_ids")}, {}), batch_size((inputs,), kwargs))
+    return inputs, kwargs
 
 
 def _encoder_step(step: Callable[..., Any]) -> Callable[..., Any]:

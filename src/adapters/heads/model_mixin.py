@@ -179,8 +179,8 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
         return result if return_dict else to_tuple(result)
 
     def _plan(self, head: HeadSetup) -> HeadPlan:
-        if head is None and (context := AdapterSetup.get_context()) is not None and self.heads:
-            if context.assignment and state.generating is None:
+        if head is None and (context := AdapterSetup.acting_on(self.adapter_sites)) is not None and self.heads:
+            if context.assignment is not None and state.generating is None:
                 rowwise = HeadPlan.of_rows(context.adapter_setup.children, context.assignment)
                 if all(name in self.heads for name in rowwise.names):
                     return rowwise

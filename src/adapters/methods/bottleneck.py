@@ -354,7 +354,7 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         output = nn.functional.dropout(update, config.dropout, self.training) if config.dropout else update
         if self.gate is not None:
             gate = token_mean(torch.sigmoid(self.gate(hidden)), self.stack, signal.rows)
-            self.report_gate(gate)
+            self.report_gate(gate, signal)
             output = output * gate[:, None]
         norm = self.adapter_norm_after
         inside = config.adapter_residual_before_ln and not config.is_parallel
@@ -364,7 +364,7 @@ class Bottleneck(AdapterModule[SublayerSignal]):
             output = output + residual
         if own != dtype:
             output, update = output.to(dtype), update.to(dtype)
-        return self.concluded(replace(signal, hidden=output, update=update))
+        return self.concluded(SublayerSignal(signal.rows, output, signal.residual, update, signal.final))
 
     def concluded(self, signal: SublayerSignal) -> SublayerSignal:
         """With the mark that no residual and no norm follow, where the configuration says so."""

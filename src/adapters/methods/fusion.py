@@ -164,7 +164,7 @@ class Fusion(nn.Module):
         query = self._asker(signal, hidden, last)
         query = query if self.query is None else self.query(query)
         keys = updates if self.key is None else self.key(updates)
-        weights = self._weights(torch.einsum("bsd,bsnd->bsn", query, keys))
+        weights = self._weights(torch.einsum("bsd,bsnd->bsn", query, keys), signal.rows)
         if config.value_before_softmax and self.value is not None:
             values = self.value(values)
         context = torch.einsum("bsn,bsnd->bsd", weights, values)
@@ -193,7 +193,7 @@ class Fusion(nn.Module):
         inner = last.adapter_down[-1](linear(hidden, down, down_bias))
         query, constant = self._key_space(self._asker(signal, hidden, last))
         scores = _sums(linear(query, up.T) * inner, sizes) + linear(query, up_bias)
-        weights = self._weights(scores if constant is None else scores + constant)
+        weights = self._weights(scores if constant is None else scores + constant, signal.rows)
         spread = weights.repeat_interleave(torch.tensor(sizes, device=weights.device), -1, output_size=sum(sizes))
         context = linear(spread * inner, up) + weights @ up_bias
         if self.value is not None:
@@ -242,7 +242,7 @@ class Fusion(nn.Module):
         dropped = self.training and self.dropout and self.key is not None
         return (query @ self.key.bias)[..., None] if dropped and self.key is not None else None
 
-    def _weights(self, scores: Tensor) -> Tensor:
+    def _weights(self, scores: Tensor, rows: Tensor | None) -> Tensor:
         """(b, s, n) the weight of each adapter at each position."""
         scores = nn.functional.dropout(scores, self.dropout, self.training)
         if self.config.temperature:
@@ -251,7 +251,7 @@ class Fusion(nn.Module):
                 with torch.no_grad():
                     self.temperature.sub_(0.05).clamp_(min=1.0)
         weights = scores.softmax(-1)
-        report("fusion_attentions", self, weights)
+        report("fusion_attentions", self, weights, rows)
         return weights
 
     def regularisation(self) -> Tensor | None:

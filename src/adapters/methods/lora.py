@@ -233,7 +233,7 @@ class LinearChange(AdapterModule[LinearSignal]):
             return None
         x = signal.x if signal.x.dtype == self.gate.weight.dtype else signal.x.to(self.gate.weight.dtype)
         gate = token_mean(torch.sigmoid(self.gate(x)), self.stack, signal.rows)
-        self.report_gate(gate)
+        self.report_gate(gate, signal)
         return gate
 
     def refuse_gate(self) -> None:

@@ -183,7 +183,7 @@ class Prefix(AdapterModule[PrefixSignal]):
         key, value = states[:, None].expand(-1, signal.key.shape[0], -1, -1, -1).to(signal.key.dtype)
         if self.weight is not None:
             gate = token_mean(torch.sigmoid(linear(signal.hidden, self.weight, self.bias)), self.stack, signal.rows)
-            self.report_gate(gate)
+            self.report_gate(gate, signal)
             key, value = (part * gate[:, index, None, None, None] for part, index in ((key, 0), (value, -1)))
         return signal.with_prefix(key, value)
 
