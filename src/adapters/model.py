@@ -196,8 +196,8 @@ class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, Base):  # type
                     f"add_adapter_fusion({fuse.name!r}): An AdapterFusion with the name {fuse.name!r} has already been "
                     "added; pass overwrite_ok=True to replace it, or choose another name."
                 )
-            self.delete_adapter_fusion(fuse)
             self.adapter_sites.fusion_places(fuse)
+            self.delete_adapter_fusion(fuse)
         self.adapters_config.add_fusion(list(fuse.leaves()), loaded, fuse.name)
         try:
             self.adapter_sites.add_fusion(fuse, loaded)

@@ -219,6 +219,13 @@ class SiteMap:
         """
         leaves = fuse.flatten() & set(self.shared_modules)
         places = [site for site in self.of(SublayerSite) if leaves & set(site.adapters)]
+        beside = [site for site in self.sites if not isinstance(site, SublayerSite) and leaves & set(site.adapters)]
+        if places and beside:
+            raise CompositionError(
+                f"add_adapter_fusion({fuse.name!r}): {listing(leaves & set(beside[0].adapters))} acts at "
+                f"{beside[0].path or 'the embeddings'} too, where no update is there to be weighed; fuse adapters that "
+                "are bottlenecks and nothing else, or use Average."
+            )
         incomplete = [site for site in places if not leaves <= set(site.adapters)]
         if not places or incomplete:
             where = (
@@ -229,13 +236,6 @@ class SiteMap:
             raise CompositionError(
                 f"add_adapter_fusion({fuse.name!r}): the adapters do not sit at the same sub-layers, {where}; "
                 "fuse bottleneck adapters that have the same mh_adapter, output_adapter, cross_adapter and leave_out."
-        beside = [site for site in self.sites if not isinstance(site, SublayerSite) and leaves & set(site.adapters)]
-        if places and beside:
-            raise CompositionError(
-                f"add_adapter_fusion({fuse.name!r}): {listing(leaves & set(beside[0].adapters))} acts at "
-                f"{beside[0].path or 'the embeddings'} too, where no update is there to be weighed; fuse adapters that "
-                "are bottlenecks and nothing else, or use Average."
-            )
             )
         return places
 
@@ -272,6 +272,9 @@ class SiteMap:
             for site, plan in zip(self.sites, plans, strict=True):
                 _check_fusions(site, plan)
             self._plans[key] = plans
+            repeats = setup is not None and setup.parallel_channels > 1
+            if repeats and self._lowest_layer(plans) and not torch.compiler.is_compiling():
+                self._shared_blocks.attach(True)
         return self._plans[key]
 
     def shared_below(self, plans: tuple[Setup, ...]) -> int:
@@ -286,9 +289,6 @@ class SiteMap:
     def _refresh(self) -> None:
         self._plans = {}
         self._shared_blocks.attach(False)
-            repeats = setup is not None and setup.parallel_channels > 1
-            if repeats and self._lowest_layer(plans) and not torch.compiler.is_compiling():
-                self._shared_blocks.attach(True)
         self.activate(self.active, self.skip_layers)
 
     def by_layer(self, name: str) -> dict[int, dict[str, nn.Module]]:

@@ -214,16 +214,16 @@ class Site:
             children = [self.resolve(child) for child in setup.children]
             if all(child is None for child in children):
                 return None
+            if isinstance(setup, Route):  # an expert without a module here keeps its weight: it changes nothing
+                return setup.with_children(
+                    [found or child for found, child in zip(children, setup.children, strict=True)]
+                )
             if isinstance(setup, Stack):
                 children = [child for child in children if child is not None]
                 if len(children) == 1:
                     return children[0]
             return setup.with_children(children)
         return setup if setup in self.adapters and setup not in self.merged else None
-            if isinstance(setup, Route):  # an expert without a module here keeps its weight: it changes nothing
-                return setup.with_children(
-                    [found or child for found, child in zip(children, setup.children, strict=True)]
-                )
 
     def _check_route(self, tree: Route) -> None:
         if tree.gate not in self.adapters:
