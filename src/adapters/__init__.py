@@ -29,9 +29,9 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "TrainableTokensConfig", "UniPELTConfig", "VBLoRAConfig", "VeraConfig", "get_adapter_config_hash",
     ),
     "heads": (
-        "BertStyleMaskedLMHead", "CausalLMHead", "ClassificationHead", "ModelWithFlexibleHeadsAdaptersMixin",
-        "MultiHeadOutput", "MultiLabelClassificationHead", "MultipleChoiceHead", "PredictionHead",
-        "QuestionAnsweringHead", "Seq2SeqLMHead", "TaggingHead",
+        "BertStyleMaskedLMHead", "BiaffineParsingHead", "CausalLMHead", "ClassificationHead", "DependencyParsingOutput",
+        "ModelWithFlexibleHeadsAdaptersMixin", "MultiHeadOutput", "MultiLabelClassificationHead", "MultipleChoiceHead",
+        "PredictionHead", "QuestionAnsweringHead", "Seq2SeqLMHead", "TaggingHead",
     ),
     "auto": ("ADAPTER_MODEL_MAPPING", "AutoAdapterModel"),
     "training": (
@@ -39,6 +39,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "setup_adapter_training",
     ),
     "trainer": ("AdapterTrainer", "AdapterTrainerCallback", "Seq2SeqAdapterTrainer"),
+    "checkpoints.hub": ("AdapterInfo", "get_adapter_info", "list_adapters"),
     "errors": ("AdapterError", "CheckpointError", "CompositionError", "ConfigError", "UnknownAdapterError"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

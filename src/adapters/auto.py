@@ -4,9 +4,10 @@
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from transformers import (
@@ -25,12 +26,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # 
 from transformers.utils.generic import TransformersKwargs
 
 from .errors import AdapterError, listing
+from .heads.convert import StaticHead, static_head
 from .heads.language_modeling import CausalLMHead
 from .heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
 from .heads.registry import offered_head_types
 from .wrap import generation_methods, in_forward_context
 
 SUFFIX = "AdapterModel"
+DEFAULT_HEAD = "default"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Encoder-decoders first: transformers also has a causal language model of the decoder of some of them.
 GENERATIVE_MAPPINGS = (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -45,12 +49,54 @@ class FlexibleAdapterModel(ModelWithFlexibleHeadsAdaptersMixin):
 
     base_class: ClassVar[type[PreTrainedModel]]
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, static: StaticHead | None = None) -> None:
+        """static: the head of the checkpoint that is being loaded, which becomes the one named ``default``."""
         super().__init__(config)
+        if static is not None:
+            config.prediction_heads = {DEFAULT_HEAD: static.config(cast("dict[str, int] | None", config.label2id))}
         setattr(self, self.base_model_prefix, self.base_class(config))
         self.init_heads()
         self.post_init()
         self.init_adapters()  # last, because post_init would initialise the adapters' layers as the model's own
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; the head of a checkpoint of one of transformers' own classes is named ``default``.
+
+        Example:
+            >>> model = BertAdapterModel.from_pretrained("textattack/bert-base-uncased-SST-2")
+            >>> model.active_head
+            'default'
+        """
+        static = cls._static_head(pretrained_model_name_or_path, config, kwargs)
+        if static is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        renamed = {f"^{re.escape(key)}$": f"heads.{DEFAULT_HEAD}.{place}" for key, place in static.keys.items()}
+        if static.prefix:
+            renamed[rf"^{static.prefix}\."] = f"{cls.base_model_prefix}."
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            config=config,
+            key_mapping={**(kwargs.pop("key_mapping", None) or {}), **renamed},
+            static=static,
+            **kwargs,
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        del model._weight_conversions  # or the head would be saved under the names of the class that it came from
+        return loaded
+
+    @classmethod
+    def _static_head(cls, path: Any, config: Any, arguments: Mapping[str, Any]) -> StaticHead | None:
+        """The head of the class that a checkpoint is of."""
+        if not isinstance(config, PreTrainedConfig):
+            where = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+            config = cls.config_class.from_pretrained(path if config is None else config, **where)
+        classes = [*(config.architectures or ())]
+        named = vars(config).get("prediction_heads")
+        return static_head(classes[0], config, cls.head_types) if len(classes) == 1 and not named else None
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -210,8 +256,8 @@ ADAPTER_MODEL_MAPPING = AdapterModelMapping()
 class AutoAdapterModel(_BaseAutoModelClass):
     """Makes the ``XAdapterModel`` that fits a checkpoint or a config.
 
-    ``from_pretrained`` takes any checkpoint of the architecture: a base model's, one with a static head (whose base
-    model is loaded), or one that an ``XAdapterModel`` saved, with its adapters and heads.
+    ``from_pretrained`` takes any checkpoint of the architecture: a base model's, one with a head of transformers' own,
+    which becomes the head ``default``, or one that an ``XAdapterModel`` saved, with its adapters and heads.
 
     Example:
         >>> model = AutoAdapterModel.from_pretrained("bert-base-uncased")

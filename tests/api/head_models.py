@@ -77,6 +77,7 @@ ADD = {
     "tagging": lambda model, name: model.add_tagging_head(name, num_labels=3),
     "question_answering": lambda model, name: model.add_qa_head(name),
     "image_classification": lambda model, name: model.add_image_classification_head(name, num_labels=3),
+    "dependency_parsing": lambda model, name: model.add_dependency_parsing_head(name, num_labels=3),
     "masked_lm": lambda model, name: model.add_masked_lm_head(name),
     "causal_lm": lambda model, name: model.add_causal_lm_head(name),
     "seq2seq_lm": lambda model, name: model.add_seq2seq_lm_head(name),
@@ -88,11 +89,23 @@ LABELS = {
     "tagging": {"labels": torch.tensor([[0, 1, 2, -100, 1, 0], [2, 2, 1, 0, 1, 1]])},
     "question_answering": {"start_positions": torch.tensor([1, 0]), "end_positions": torch.tensor([[2], [9]])},
     "image_classification": {"labels": torch.tensor([0, 2])},
+    "dependency_parsing": {
+        "labels_arcs": torch.tensor([[2, 3, 1, -100, -100, -100], [2, 1, -100, -100, -100, -100]]),
+        "labels_rels": torch.tensor([[0, 1, 2, -100, -100, -100], [2, 1, -100, -100, -100, -100]]),
+    },
     "masked_lm": {"labels": torch.tensor([[-100, 5, -100, -100, 7, -100], [4, -100, -100, -100, -100, -100]])},
     "causal_lm": {"labels": torch.tensor([[3, 5, 9, 6, 7, 8], [4, 3, 3, 5, -100, -100]])},
     "seq2seq_lm": {"labels": torch.tensor([[3, 5, 9], [4, 2, -100]])},
 }
+WORD_STARTS = torch.tensor([[1, 2, 4, 6], [1, 2, 4, PAD]])
 OFFERED = [(name, kind) for name in CONFIGS for kind in adapter_model(name).head_types]
+
+
+def inputs_for(name: str, kind: str) -> dict[str, torch.Tensor]:
+    inputs = batch(name)
+    if kind == "dependency_parsing":
+        return inputs | {"word_starts": WORD_STARTS}
+    return {key: value[None] for key, value in inputs.items()} if kind == "multiple_choice" else inputs
 
 
 def two_heads(name: str = "bert"):

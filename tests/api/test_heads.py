@@ -19,6 +19,7 @@ from head_models import (
     VOCABULARY,
     adapter_model,
     batch,
+    inputs_for,
     two_heads,
 )
 from torch import nn
@@ -31,11 +32,6 @@ from adapters.heads import MultiHeadOutput, PredictionHead
 from adapters.heads.model_mixin import MODEL_HEAD_MAP
 
 
-def inputs_for(name: str, kind: str) -> dict[str, torch.Tensor]:
-    inputs = batch(name)
-    return {key: value[None] for key, value in inputs.items()} if kind == "multiple_choice" else inputs
-
-
 def reference_loss(kind: str, output, labels, mask):
     target = labels.get("labels")
     match kind:
@@ -46,6 +42,11 @@ def reference_loss(kind: str, output, labels, mask):
         case "question_answering":
             end = cross_entropy(output.end_logits[:1], torch.tensor([2]))  # position 9 lies outside the sequence
             return (cross_entropy(output.start_logits, labels["start_positions"]) + end) / 2
+        case "dependency_parsing":
+            rows, words = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 0, 1])
+            heads, relations = (labels[key][rows, words] for key in ("labels_arcs", "labels_rels"))
+            at_heads = output.rel_preds[rows, words, heads]
+            return cross_entropy(output.arc_preds[rows, words], heads) + cross_entropy(at_heads, relations)
         case "causal_lm":
             return cross_entropy(output.logits[:, :-1].flatten(0, 1), target[:, 1:].flatten())
         case "masked_lm" | "seq2seq_lm":

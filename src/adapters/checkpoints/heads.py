@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import AdapterError, CheckpointError, UnknownAdapterError, suggestion
-from . import files, names, weights
+from . import files, weights
 from .files import HEAD, Content, Weights
 from .placing import all_or_nothing
 from .provenance import full_config, origin
@@ -80,9 +81,9 @@ def load_head(
         CheckpointError: The files are missing, broken or not for this class of model, which is as it was.
     """
     asked = f"load_head({os.fspath(save_directory)!r})"
-    head = read_head(Path(save_directory), load_as, id2label, use_safetensors)
-    if reason := _misfit(model, head):
-        raise CheckpointError(f"{asked}: {reason}")
+    head = fitted(model, read_head(Path(save_directory), load_as, id2label, use_safetensors), load_as)
+    if isinstance(head, str):
+        raise CheckpointError(f"{asked}: {head}")
     with all_or_nothing(model, undo) as changes:
         place_head(model, head, asked, set_active, loading_info, changes)
     return str(save_directory), head.name
@@ -169,22 +170,58 @@ def beside_adapter(
         return None
     if not is_flexible(model) and not _slots(model, None):
         return None
-    head = read_head(folder, load_as, id2label, use_safetensors)
-    if reason := _misfit(model, head):
-        warnings.warn(f"load_adapter: the head saved with {adapter_name!r} is left out: {reason}", stacklevel=4)
+    head = fitted(model, read_head(folder, load_as, id2label, use_safetensors), adapter_name)
+    if isinstance(head, str):
+        warnings.warn(f"load_adapter: the head saved with {adapter_name!r} is left out: {head}", stacklevel=4)
         return None
     return head
 
 
-def _misfit(model: "ModelAdaptersMixin", head: SavedHead) -> str | None:
-    """Why a head is not for this class of model."""
+def fitted(model: "ModelAdaptersMixin", head: SavedHead, name: str | None) -> SavedHead | str:
+    """The head as one of this class of model, where it is named `name` if it has no name of its own; or why not."""
     saved, here = str(head.file.get("model_class")), type(model).__name__
+    if is_flexible(model) and head.config is None:
+        return _as_named(model, head, name, saved)
     if is_flexible(model):
-        if head.config is None or not FLEXIBLE_CLASS.search(saved):
-            return f"Cannot automatically convert prediction head of model class {saved} to flex head; load it there."
-    elif saved != here:
+        fits = FLEXIBLE_CLASS.search(saved) is not None
+        return head if fits else f"Cannot automatically convert prediction head of model class {saved} to flex head."
+    if head.config is not None:
+        return _as_own(model, head, saved, here)
+    if saved != here:
         return f"Model class {saved!r} of found prediction head does not match current model class {here!r}."
-    return None
+    return head
+
+
+def _as_named(
+    model: "ModelWithFlexibleHeadsAdaptersMixin", head: SavedHead, name: str | None, saved: str
+) -> SavedHead | str:
+    """The head of one of transformers' classes, as a named one."""
+    from ..heads.convert import static_head  # the part of heads comes after this one
+
+    own = static_head(saved, model.config, model.head_types)
+    if own is None:
+        return f"Cannot automatically convert prediction head of model class {saved} to flex head; load it there."
+    if name is None:
+        return "Could not identify a name for the prediction head to be loaded. Please specify 'load_as'."
+    config = own.config(head.file.get("label2id") or model.config.label2id)
+    return SavedHead(name, config, own.weights(head.weights, name), head.file)
+
+
+def _as_own(model: "ModelAdaptersMixin", head: SavedHead, saved: str, here: str) -> SavedHead | str:
+    """A named head, as that of one of transformers' classes."""
+    from ..heads.convert import TASKS, read_head, task_of
+
+    config, task = head.config or {}, task_of(here, tuple(TASKS.values()))
+    own = None if task is None else read_head(cast(PreTrainedModel, model), task[1])
+    if own is None or (difference := own.difference(config)):
+        reason = f"no head of an AdapterModel is like that of {here}" if own is None else difference
+        return (
+            f"Model class {saved!r} of found prediction head does not match current model class {here!r}, and "
+            f"{reason}. Load it into an AutoAdapterModel."
+        )
+    file = {**head.file, "label2id": config.get("label2id")}
+    live = {key: parts[0] for key, parts in _slots(model, None).items()}
+    return SavedHead(None, None, own.own_weights(head.weights, head.name or "", live), file)
 
 
 def place_head(
@@ -246,11 +283,13 @@ def _slots(model: "ModelAdaptersMixin", name: str | None) -> Slots:
     if is_flexible(model):
         own = model.heads[name or ""].state_dict(keep_vars=True)
         return {f"heads.{name}.{key}": (tensor,) for key, tensor in own.items()}
-    backbone: tuple[str, ...] = (model.base_model_prefix,)
-    if model.base_model is model:
-        backbone = names.family_of(model.config.model_type).backbone
-        if not backbone:
+    from ..heads.convert import TASKS, task_of
+
+    backbone = {model.base_model_prefix}
+    if model.base_model is model:  # a base model, or one of T5's relatives, whose parts have no attribute in common
+        if task_of(type(model).__name__, tuple(TASKS.values())) is None:
             return {}
+        backbone = {path for path, part in model.named_children() if isinstance(part, (PreTrainedModel, nn.Embedding))}
     state = {key: (tensor,) for key, tensor in model.state_dict(keep_vars=True).items() if not OF_ADAPTERS.search(key)}
     return {key: parts for key, parts in state.items() if key.partition(".")[0] not in backbone}
 

@@ -27,12 +27,10 @@ class Family:
     Attributes:
         sublayers: The path of a sub-layer's containers, below its block, by ``role`` or ``stack/role``.
         modules: Replacements, pattern by pattern, from transformers 5's module paths to 1.x's.
-        backbone: The top-level modules that are no head, where a model with a head has no base model of its own.
     """
 
     sublayers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     modules: tuple[tuple[str, str], ...] = ()
-    backbone: tuple[str, ...] = ()
 
 
 BERT = Family(
@@ -52,7 +50,6 @@ T5 = Family(
         "decoder/feed_forward": "layer.2",
     },
     modules=IN_ENCODER,
-    backbone=("shared", "encoder", "decoder"),
 )
 V4_VISION_MODULES = (
     (r"^layers\.", "encoder.layer."),

@@ -7,6 +7,7 @@ from .classification import (
     MultiLabelClassificationHead,
     MultipleChoiceHead,
 )
+from .dependency_parsing import Biaffine, BiaffineParsingHead, DependencyParsingOutput
 from .dispatch import MultiHeadOutput
 from .language_modeling import BertStyleMaskedLMHead, CausalLMHead, Seq2SeqLMHead
 from .model_mixin import ModelWithFlexibleHeadsAdaptersMixin
@@ -14,8 +15,11 @@ from .tagging import QuestionAnsweringHead, TaggingHead
 
 __all__ = [
     "BertStyleMaskedLMHead",
+    "Biaffine",
+    "BiaffineParsingHead",
     "CausalLMHead",
     "ClassificationHead",
+    "DependencyParsingOutput",
     "ImageClassificationHead",
     "ModelWithFlexibleHeadsAdaptersMixin",
     "MultiHeadOutput",

@@ -169,6 +169,25 @@ class HeadAdder(ModelAdaptersMixin):
         }
         self._add("question_answering", head_name, overwrite_ok, id2label=id2label, **settings)
 
+    def add_dependency_parsing_head(
+        self,
+        head_name: str,
+        num_labels: int = 2,
+        overwrite_ok: bool = False,
+        id2label: Mapping[int, str] | None = None,
+    ) -> None:
+        """Adds and activates a head for dependency parsing; the model is given ``word_starts`` then.
+
+        Raises:
+            AdapterError: The architecture offers no such head, or the name is taken.
+            ConfigError: An argument has a value that no head can have.
+
+        Example:
+            >>> model.add_dependency_parsing_head("ud", num_labels=37)
+            >>> model(**tokens, word_starts=starts).arc_preds.argmax(dim=-1)
+        """
+        self._add("dependency_parsing", head_name, overwrite_ok, id2label=id2label, num_labels=num_labels)
+
     def add_masked_lm_head(
         self,
         head_name: str,

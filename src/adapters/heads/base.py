@@ -76,9 +76,9 @@ class PredictionHead(nn.Sequential):
 
     def settle(self, model: PreTrainedModel) -> None:
         """Gives the layers the model's device, precision, mode and initialisation."""
-        self.to(device=model.device, dtype=model.dtype).train(model.training)
-        if model.device.type != "meta":  # from_pretrained fills or initialises meta tensors itself
-            self.apply(model._init_weights)
+        self.to(dtype=model.dtype).train(model.training)
+        if not any(parameter.is_meta for parameter in self.parameters()):  # from_pretrained fills those itself
+            self.to(device=model.device).apply(model._init_weights)
 
     def dropout_probability(self, config: PreTrainedConfig) -> float:
         """The head's own ``dropout_prob``, else the model's dropout before a classifier, else 0."""

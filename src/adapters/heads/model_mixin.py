@@ -23,7 +23,7 @@ from .base import PredictionHead
 from .dispatch import HeadPlan, HeadSetup, check_names, flatten_choices, gather, hand_on, take_rows, to_tuple
 from .language_modeling import Seq2SeqLMHead
 from .registry import MODEL_HEAD_MAP
-from .sentence import sentence_vector
+from .sentence import scales_for_heads, sentence_vector
 from .vocabulary import VocabularyHeads
 
 __all__ = ["MODEL_HEAD_MAP", "ModelWithFlexibleHeadsAdaptersMixin"]
@@ -232,7 +232,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
     def _run_head(self, name: str, outputs: ModelOutput, inputs: Mapping[str, Any], inverse: Inverse | None) -> Any:
         sentence = sentence_vector(outputs, self.config, inputs) if self.head_types else None
         pooled = outputs.get("pooler_output")
-        if vars(self.config).get("scale_decoder_outputs"):  # T5 scales what its heads read, not the sentence vector
+        if scales_for_heads(self.config):  # what heads read, not the sentence vector
             outputs = type(outputs)(**{**outputs, "last_hidden_state": outputs[0] * self.config.d_model**-0.5})
         return self.heads[name](
             outputs,

@@ -21,6 +21,7 @@ from .classification import (
     MultiLabelClassificationHead,
     MultipleChoiceHead,
 )
+from .dependency_parsing import BiaffineParsingHead
 from .language_modeling import BertStyleMaskedLMHead, CausalLMHead, Seq2SeqLMHead
 from .tagging import QuestionAnsweringHead, TaggingHead
 
@@ -31,6 +32,7 @@ MODEL_HEAD_MAP: dict[str, type[PredictionHead]] = {
     "tagging": TaggingHead,
     "question_answering": QuestionAnsweringHead,
     "image_classification": ImageClassificationHead,
+    "dependency_parsing": BiaffineParsingHead,
     "masked_lm": BertStyleMaskedLMHead,
     "causal_lm": CausalLMHead,
     "seq2seq_lm": Seq2SeqLMHead,
@@ -39,6 +41,7 @@ MODEL_HEAD_MAP: dict[str, type[PredictionHead]] = {
 # What 1.x offers beyond the classes of transformers.
 EXTRA_TYPES = {"distilbert": ("causal_lm",), "bert-generation": ("masked_lm",)}
 SENTENCE = ("classification", "multilabel_classification")
+UNDERSTANDING = (*SENTENCE, "multiple_choice", "tagging", "question_answering", "dependency_parsing")
 UNDERSTANDING_MAPPINGS = (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
@@ -61,10 +64,10 @@ def offered_head_types(kind: type[PreTrainedConfig], encoder_decoder: bool, main
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     extra = EXTRA_TYPES.get(kind.model_type, ())
     if kind in MODEL_FOR_MASKED_LM_MAPPING or "masked_lm" in extra:
-        types = (*SENTENCE, "multiple_choice", "tagging", "question_answering", "masked_lm")
+        types = (*UNDERSTANDING, "masked_lm")
         return (*types, "causal_lm") if causal or "causal_lm" in extra else types
     if causal:
         return (*SENTENCE, "tagging", "question_answering", "causal_lm")
     if any(kind in mapping for mapping in UNDERSTANDING_MAPPINGS):
-        return (*SENTENCE, "multiple_choice", "tagging", "question_answering")
+        return UNDERSTANDING
     return ()

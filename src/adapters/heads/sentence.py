@@ -19,6 +19,16 @@ Position = Literal["first", "last", "end", "pooled"]
 EXCEPTIONS: dict[str, Position] = {"beit": "pooled", "bert-generation": "first"}
 
 
+SCALED_IF_TIED = ("umt5", "switch_transformers")
+
+
+def scales_for_heads(config: PreTrainedConfig) -> bool:
+    """Whether the architecture multiplies what its language model's head reads by d^-0.5: T5's relatives."""
+    fields = vars(config)
+    tied = config.model_type in SCALED_IF_TIED and fields.get("tie_word_embeddings")
+    return bool(fields.get("scale_decoder_outputs") or tied)
+
+
 def sentence_position(config: PreTrainedConfig) -> Position:
     """Where the vector is: encoders ``first`` token, decoders ``last`` token, encoder-decoders last ``end`` token."""
     if config.model_type in EXCEPTIONS:
