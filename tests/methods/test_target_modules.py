@@ -132,14 +132,14 @@ def test_the_field_is_in_files_where_it_is_set() -> None:
 @pytest.mark.parametrize("wrong", ["(", [], [""], [3], 3])
 def test_what_is_no_pattern(wrong) -> None:
     for kind in (LoRAConfig, adapters.OFTConfig, BitFitConfig):
-        with pytest.raises(ConfigError, match="target_modules.* is no pattern"):
+        with pytest.raises(ConfigError, match=r"target_modules.* is no pattern"):
             kind(target_modules=wrong)
 
 
 @pytest.mark.parametrize("wrong", [["q_proj", "quarry"], "quarry", ["lm_head"]])
 def test_what_fits_no_module(wrong) -> None:
     model = adapted("llama")
-    with pytest.raises(AdapterError, match="fits no module that the method can sit at; such modules are 'layers.0"):
+    with pytest.raises(AdapterError, match=r"fits no module that the method can sit at; such modules are 'layers.0"):
         model.add_adapter("x", adapters.OFTConfig(block_size=4, target_modules=wrong))
     assert not model.adapters_config.adapters
 

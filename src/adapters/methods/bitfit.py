@@ -50,11 +50,11 @@ class BitFitConfig(AdapterConfig):
         super().__post_init__()
         check_letters(self, "attn_matrices", ATTENTION_MATRICES)
         check_layers(self, "leave_out")
-        check_targets(self)
+        check_targets(self, "target_modules")
 
     def check_sites(self, sites: Sequence[Any]) -> None:
         """Every entry of ``target_modules`` fits one of the sites."""
-        check_targets_used(self, [site for site in sites if isinstance(site, LinearSite)])
+        check_targets_used(self, "target_modules", [site for site in sites if isinstance(site, LinearSite)])
 
 
 register_architecture("bitfit", BitFitConfig)

@@ -11,6 +11,7 @@ from ..signals import LinearSignal
 from ..sites import LinearSite
 from .lora import LinearChange, LoRAConfig
 from .lora_init import initialise
+from .patterns import is_target
 
 
 @dataclass(eq=False)
@@ -48,6 +49,11 @@ class IA3(LinearChange):
         self.lora_B = nn.Parameter(torch.empty(site.outputs, 1, dtype=self.dtype))
         initialise(self.lora_B, config.init_weights, zero=True)
 
+    @classmethod
+    def wants(cls, config: LoRAConfig, site: LinearSite) -> bool:
+        """Where outputs are scaled."""
+        return super().wants(config, site) and not scales_input(config, site)
+
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
         factor, gate = self.lora_B.T[0], self.opened(signal)
@@ -63,3 +69,51 @@ class IA3(LinearChange):
     def merged_bias(self, bias: Tensor) -> Tensor:
         """b times alpha l."""
         return bias * (self.lora_B[:, 0] * self.scale).to(bias.dtype)
+
+
+def scales_input(config: LoRAConfig, site: LinearSite) -> bool:
+    """Whether (IA)³ scales the input of the map at a site."""
+    return config.scaled_inputs is not None and is_target(config.scaled_inputs, site)
+
+
+@register(LoRAConfig, LinearSite)
+class InputIA3(LinearChange):
+    """y = W (alpha l * x) + b
+
+    Rescaled inputs of a linear map, at the modules that ``scaled_inputs`` names. In front of the second map of a
+    feed-forward block this is (IA)³ as published, where the vector follows the activation.
+
+    Site: LinearSite. Parameters: lora_A = l (1, in). Start: identity (l = 1, alpha = 1). Merges: yes.
+    In a block it adds the change W (alpha l * x - x).
+    """
+
+    variant = "ia3"
+    transforms_input = True
+
+    def __init__(self, config: LoRAConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
+        if config.use_gating:
+            raise config.refusal("use_gating", "not possible with scaled_inputs", "gates multiply outputs")
+        super().__init__(config, site, shared)
+        self.site = site
+        self.lora_A = nn.Parameter(torch.empty(1, site.inputs, dtype=self.dtype))
+        initialise(self.lora_A, config.init_weights, zero=True)
+
+    @classmethod
+    def wants(cls, config: LoRAConfig, site: LinearSite) -> bool:
+        """Where inputs are scaled."""
+        return super().wants(config, site) and scales_input(config, site)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """alpha l * x."""
+        return x * (self.lora_A[0] * self.scale).to(x.dtype)
+
+    def forward(self, signal: LinearSignal) -> LinearSignal:
+        """See the class."""
+        if signal.transformed:
+            return signal
+        change = self.site.map(self.transform_input(signal.x) - signal.x)
+        return LinearSignal(signal.rows, signal.x, signal.output + change)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The columns of W times alpha l."""
+        return self.transform_input(weight)

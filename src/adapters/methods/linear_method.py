@@ -49,11 +49,11 @@ class LinearMethodConfig(AdapterConfig):
         check_layers(self, "leave_out")
         check_letters(self, "attn_matrices", ATTENTION_MATRICES)
         check_dtype(self, "dtype")
-        check_targets(self)
+        check_targets(self, "target_modules")
 
     def check_sites(self, sites: Sequence[Any]) -> None:
         """Every entry of ``target_modules`` fits one of the sites."""
-        check_targets_used(self, sites)
+        check_targets_used(self, "target_modules", sites)
 
 
 @dataclass(eq=False)

@@ -1,15 +1,18 @@
 """LN tuning: training of the norms alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..configuration.base import AdapterConfig
+from ..configuration.base import LATER, AdapterConfig
 from ..configuration.checks import check_layers
 from ..configuration.registry import register_architecture, register_config
 from ..method import AdapterModule, register
 from ..norms import NormSignal, NormSite
+from .patterns import check_targets, check_targets_used, is_target
 
 
 @dataclass(eq=False)
@@ -17,7 +20,8 @@ class LNTuningConfig(AdapterConfig):
     """Changes of the weights and biases of the norms. Zhao et al. 2023, arXiv:2312.11420.
 
     In all layers but those in ``leave_out``; ``outside_blocks`` has the norms of the embeddings and of the model's
-    output too. ``bias`` says whether biases, where the norm has one, change beside the weights.
+    output too; or else ``target_modules`` names the norms, as in ``LinearMethodConfig``. ``bias`` says whether biases,
+    where the norm has one, change beside the weights.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -27,10 +31,16 @@ class LNTuningConfig(AdapterConfig):
     outside_blocks: bool = True
     bias: bool = True
     leave_out: list[int] = field(default_factory=list)
+    target_modules: str | list[str] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layers(self, "leave_out")
+        check_targets(self, "target_modules")
+
+    def check_sites(self, sites: Sequence[Any]) -> None:
+        """Every entry of ``target_modules`` fits one of the sites."""
+        check_targets_used(self, "target_modules", sites)
 
 
 register_architecture("ln_tuning", LNTuningConfig)
@@ -59,7 +69,9 @@ class LNTuning(AdapterModule[NormSignal]):
 
     @classmethod
     def wants(cls, config: LNTuningConfig, site: NormSite) -> bool:
-        """At every norm of the layers that are not left out."""
+        """At every norm, or every one that ``target_modules`` names, of the layers that are not left out."""
+        if config.target_modules is not None:
+            return site.layer not in config.leave_out and is_target(config.target_modules, site)
         return site.layer not in config.leave_out and (site.layer >= 0 or config.outside_blocks)
 
     def forward(self, signal: NormSignal) -> NormSignal:

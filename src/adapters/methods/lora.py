@@ -1,7 +1,7 @@
 """LoRA: a low-rank change of a linear map."""
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -49,7 +49,8 @@ class LoRAConfig(AdapterConfig):
     layers but those in ``leave_out``. ``target_modules``, if it is given, says in place of all these flags which
     modules are changed: a list of ends of module paths, a regular expression for whole paths (relative to the base
     model), or "all-linear". The change has rank ``r`` and is scaled by ``alpha / r``. ``dtype`` is the name
-    of the torch dtype of the new parameters; None is that of the model. ``composition_mode="scale"`` is (IA)³,
+    of the torch dtype of the new parameters; None is that of the model. ``composition_mode="scale"`` is (IA)³
+    (at the modules that ``scaled_inputs`` names, as ``target_modules`` does, inputs are scaled in place of outputs);
     ``use_dora`` is DoRA, ``vera_d`` and ``vera_b`` (the start values of its vectors) are VeRA.
 
     Not in 1.x: ``use_rslora`` scales by ``alpha / sqrt(r)`` (arXiv:2312.03732). ``rank_pattern`` and ``alpha_pattern``
@@ -88,6 +89,7 @@ class LoRAConfig(AdapterConfig):
     lm_head_lora: bool = field(default=False, metadata=LATER)
     legacy: bool = field(default=False, metadata=LATER)
     target_modules: str | list[str] | None = field(default=None, metadata=LATER)
+    scaled_inputs: str | list[str] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +106,8 @@ class LoRAConfig(AdapterConfig):
                 check_number(self, name)
                 self.normalize(name, float(self[name]))
         check_dtype(self, "dtype")
-        check_targets(self)
+        check_targets(self, "target_modules")
+        check_targets(self, "scaled_inputs")
         check_pattern(self, "rank_pattern", "integers >= 0", lambda value: is_integer(value) and value >= 0)
         check_pattern(self, "alpha_pattern", "numbers", is_number)
         self._check_options()
@@ -123,7 +126,8 @@ class LoRAConfig(AdapterConfig):
 
     def check_sites(self, sites: Sequence[Any]) -> None:
         """Every key of a pattern fits one of the sites."""
-        check_targets_used(self, sites)
+        check_targets_used(self, "target_modules", sites)
+        check_targets_used(self, "scaled_inputs", sites)
         for name in PATTERNS:
             check_used(self, name, sites)
 
@@ -142,7 +146,8 @@ class LoRAConfig(AdapterConfig):
         if self.init_weights not in RANDOM:
             options.append("init_weights")
         kind = self.variant if self.architecture == LoRAConfig.architecture else "mtl_lora"
-        kinds = dict.fromkeys((*PATTERNS, "use_rslora"), ("lora", "dora")) | {"legacy": ("dora", "vera", "dvora")}
+        kinds: dict[str, tuple[str, ...]] = dict.fromkeys((*PATTERNS, "use_rslora"), ("lora", "dora"))
+        kinds |= {"legacy": ("dora", "vera", "dvora"), "scaled_inputs": ("ia3",)}
         for name in options:
             if name != "target_modules" and kind not in (having := kinds.get(name, ("lora",))):
                 raise self.refusal(name, f"not possible with {kind}", f"only {' and '.join(having)} have it")
@@ -170,7 +175,7 @@ register_architecture("lora", LoRAConfig)
 register_config("lora", LoRAConfig())
 
 
-def is_placed(config: AdapterConfig, site: LinearSite) -> bool:
+def is_placed(config: Mapping[str, Any], site: Site) -> bool:
     """Whether ``target_modules``, or the flags of `config` for places, put a module at this map."""
     if site.layer in config["leave_out"]:
         return False

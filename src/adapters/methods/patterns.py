@@ -37,20 +37,20 @@ def value_at(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
     return pattern[min(found)[2]] if found else default
 
 
-def check_targets(config: AdapterConfig) -> None:
-    """``target_modules`` is None, a regular expression or a list of ends of module paths."""
-    targets = config["target_modules"]
+def check_targets(config: AdapterConfig, field: str) -> None:
+    """The field is None, a regular expression or a list of ends of module paths."""
+    targets = config[field]
     wanted = "it must be a list of ends of module paths, or a regular expression for whole paths"
     if isinstance(targets, str):
         try:
             re.compile(targets)
         except re.error as error:
-            raise config.refusal("target_modules", f"no pattern ({error})", wanted) from error
+            raise config.refusal(field, f"no pattern ({error})", wanted) from error
     elif targets is not None:
         names = sorted(targets) if isinstance(targets, set) else list(targets) if isinstance(targets, Iterable) else []
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise config.refusal("target_modules", "no pattern", wanted)
-        config.normalize("target_modules", names)
+            raise config.refusal(field, "no pattern", wanted)
+        config.normalize(field, names)
 
 
 def is_target(targets: str | list[str], site: Site) -> bool:
@@ -65,18 +65,18 @@ def is_target(targets: str | list[str], site: Site) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in targets)
 
 
-def check_targets_used(config: AdapterConfig, sites: Iterable[Site]) -> None:
-    """Every entry of ``target_modules`` fits a site.
+def check_targets_used(config: AdapterConfig, field: str, sites: Iterable[Site]) -> None:
+    """Every entry of the field fits a site.
 
     Raises:
         AdapterError: one fits none, so that it would have no effect.
     """
-    targets, known = config["target_modules"], list(sites)
+    targets, known = config[field], list(sites)
     for entry in [targets] if isinstance(targets, str) else targets or ():
         if not any(is_target(entry if entry is targets else [entry], site) for site in known):
             paths = dict.fromkeys(site.module_path for site in known if not site.part)
             raise AdapterError(
-                f"add_adapter({type(config).__name__}(target_modules={targets!r})): {entry!r} fits no module that the "
+                f"add_adapter({type(config).__name__}({field}={targets!r})): {entry!r} fits no module that the "
                 f"method can sit at; such modules are {listing(list(paths)[:6])} and so on."
             )
 

@@ -1,7 +1,7 @@
 """Prefix tuning: learned keys and values in front of those of an attention."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from ..attention import AttentionSite
-from ..configuration.base import AdapterConfig
+from ..configuration.base import LATER, AdapterConfig
 from ..configuration.checks import check_activation, check_fraction, check_integer, check_layers
 from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
@@ -17,6 +17,7 @@ from ..derived import Derived
 from ..errors import AdapterError
 from ..grouping import Group, per_row
 from ..method import AdapterModule, activation, register, seeded
+from ..positions import PositionSignal, PositionSite
 from ..signals import PrefixSignal
 
 
@@ -27,6 +28,7 @@ class PrefixTuningConfig(AdapterConfig):
     The prefix of a decoder's self-attention is always there; ``encoder_prefix`` and ``cross_prefix`` add those of an
     encoder-decoder's encoder and of its cross attention. The prefix comes from a two-layer network of width
     ``bottleneck_size`` with ``non_linearity`` in between, or (``flat``) is a parameter of its own.
+    ``shift_positions`` counts it as positions, as if it were tokens: those of the input begin with ``prefix_length``.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -44,6 +46,7 @@ class PrefixTuningConfig(AdapterConfig):
     use_gating: bool = False
     shared_gating: bool = True
     init_weights_seed: int | None = None
+    shift_positions: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,11 +94,19 @@ class PrefixGroup(nn.Module):
         return self._kept.get(index, self.parameters(), lambda: self._compute(index))
 
     @torch.no_grad()
+    def flat(self) -> Tensor:
+        """The prefixes of all layers as one vector."""
+        if isinstance(self.control_trans, nn.Parameter):
+            return self.control_trans.detach()
+        made: Tensor = self.control_trans(self.wte.weight)
+        return made.flatten()
+
+    @torch.no_grad()
     def eject(self) -> None:
         """Make the prefixes themselves the parameter, in the place of what they are computed from."""
         if isinstance(self.control_trans, nn.Parameter):
             return
-        flat = self.control_trans(self.wte.weight).flatten()
+        flat = self.flat()
         trained = self.wte.weight.requires_grad
         del self.wte, self.control_trans
         self.control_trans = nn.Parameter(flat, requires_grad=trained)
@@ -186,6 +197,34 @@ class Prefix(AdapterModule[PrefixSignal]):
             self.report_gate(gate, signal)
             key, value = (part * gate[:, index, None, None, None] for part, index in ((key, 0), (value, -1)))
         return signal.with_prefix(key, value)
+
+
+@register(PrefixTuningConfig, PositionSite)
+class PositionShift(AdapterModule[PositionSignal]):
+    """Positions begin with p, the length of the prefix: see ``shift_positions``. No parameters.
+
+    In a ``Stack`` lengths add up, as those of the prefixes do.
+    """
+
+    container = "position_shifts"
+
+    def __init__(self, config: PrefixTuningConfig, site: PositionSite, shared: Any = None) -> None:
+        super().__init__()
+        self.length = config.prefix_length
+
+    @classmethod
+    def wants(cls, config: PrefixTuningConfig, site: PositionSite) -> bool:
+        """If the configuration asks for it."""
+        return config.shift_positions
+
+    @classmethod
+    def asks_for(cls, config: PrefixTuningConfig) -> set[str]:
+        """Positions, in that case."""
+        return {"positions"} if config.shift_positions else set()
+
+    def forward(self, signal: PositionSignal) -> PositionSignal:
+        """See the class."""
+        return replace(signal, shift=signal.shift + self.length)
 
 
 def eject(name: str, modules: Iterable[nn.Module]) -> None:

@@ -1,0 +1,170 @@
+"""From an adapter of ours to a folder of PEFT."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers.models.auto import modeling_auto
+
+from ...configuration import AdapterConfig, ConfigUnion
+from ...containers import AdapterDict
+from ...errors import CheckpointError
+from ...method import methods_of
+from ...methods.trainable_tokens import TrainableTokensConfig
+from ...prompts import PromptSite
+from ...sites import LinearSite
+from ...topology import is_plain
+from .. import files, heads, weights
+from ..files import Content
+from .draft import Draft, Options, Tensors, path_in_peft, shortest
+from .forms import Form
+from .loading import PEFT, TASKS
+from .reading import TOKENS
+from .table import FORMS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...model import ModelAdaptersMixin
+
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks for which PEFT expects the head in the file."""
+TURNED = ("ADALORA", "BOFT", "FOURIERFT", "HIRA", "IA3", "LORA", "OFT", "RANDLORA", "SHIRA", "VERA")
+"""Types that ask whether weights are kept the other way round, as GPT-2 does."""
+VERSION = "0.21.0"
+"""The version of PEFT whose format this is."""
+
+
+def contents_of(
+    model: "ModelAdaptersMixin", name: str, config: AdapterConfig, with_head: bool
+) -> dict[files.Kind, Content]:
+    """What PEFT would save of an adapter, and of the head that was trained with it.
+
+    Raises:
+        CheckpointError: PEFT has no such method or option; the message names the field.
+    """
+    asked = f"save_adapter({name!r}, format='peft')"
+    members = list(config.configs) if isinstance(config, ConfigUnion) else [config]
+    beside = [member for member in members if len(members) > 1 and isinstance(member, TrainableTokensConfig)]
+    main = [member for member in members if member not in beside]
+    if len(main) != 1:
+        raise CheckpointError(
+            f"{asked}: PEFT has no union of {' and '.join(type(member).__name__ for member in members)}; add them as "
+            "adapters of their own and save each."
+        )
+    form, draft = _written(model, name, main[0], asked)
+    tensors = dict(_keys(draft, form))
+    for member in beside:
+        own_form, own = _written(model, name, member, asked)
+        draft.options["trainable_token_indices"] = own.options["token_indices"]
+        ends = {key.removesuffix(".trainable_tokens_delta"): tensor for key, tensor in _keys(own, own_form)}
+        tensors |= {key + TOKENS: tensor for key, tensor in ends.items()}
+    head = _head(model, name, asked) if with_head or PromptSite in form.sites else {}
+    if taken := [
+        site.module_path for site in draft.parts if site.place.outside and f"{site.module_path}.weight" in head
+    ]:
+        raise CheckpointError(
+            f"{asked}: the adapter sits at {taken[0]!r}, and PEFT either adapts a module or saves it whole; pass "
+            "with_head=False to save the adapter alone."
+        )
+    return {PEFT: Content(_options(model, form, draft, head), tensors | _head_keys(head, form))}
+
+
+def _written(model: "ModelAdaptersMixin", name: str, config: AdapterConfig, asked: str) -> tuple[Form, Draft]:
+    form = next((form for form in FORMS if form.takes(config)), None)
+    if form is None:
+        raise CheckpointError(
+            f"{asked}: PEFT has no counterpart of {type(config).__name__}. Save it in the native format; or merge it "
+            "(merge_adapter) and save the model."
+        )
+    kinds = tuple(methods_of(config))
+    parts = {site: _copies(module) for site, module in model.adapter_sites.holding(name) if type(module) in kinds}
+    shared = [_copies(module) for module in model.adapter_sites.shared(name).values()]
+    fields = {field: config[field] for field in config.field_names()}
+    draft = Draft(model, asked, name, {}, fields, parts, {key: value for each in shared for key, value in each.items()})
+    form.write(draft)
+    return form, draft
+
+
+def _copies(module: "nn.Module") -> Tensors:
+    return {key: weights.copied(tensor) for key, tensor in module.state_dict().items()}
+
+
+def _keys(draft: Draft, form: Form) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by PEFT's keys; prompts and prefixes have no path."""
+    for site, own in draft.parts.items():
+        start = "" if isinstance(site, PromptSite) else f"base_model.model.{path_in_peft(draft.model, site)}."
+        for parameter, tensor in own.items():
+            yield start + parameter, weights.copied(tensor)
+    for parameter, tensor in draft.shared.items():
+        yield ("" if PromptSite in form.sites else "base_model.") + parameter, weights.copied(tensor)
+
+
+def _options(model: "ModelAdaptersMixin", form: Form, draft: Draft, head: Tensors) -> Options:
+    task = _task(model)
+    if task in WITH_HEAD and not head:
+        task = None
+    options = {**draft.options, "peft_type": form.peft_type, "peft_version": VERSION}
+    options |= {"inference_mode": True, "task_type": task}
+    options["base_model_name_or_path"] = model.model_name or None
+    if task is None:
+        options["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    if PromptSite not in form.sites:
+        paths = {path_in_peft(model, site) for site in draft.parts}
+        whole = "feedforward_modules" in options  # which have to be among them as they are
+        options["target_modules"] = sorted(paths) if whole else shortest(paths, _module_paths(model))
+    if form.peft_type in TURNED:
+        options["fan_in_fan_out"] = any(
+            isinstance(site, LinearSite) and not is_plain(site.host) for site in draft.parts
+        )
+    if head:
+        options["modules_to_save"] = sorted({_saved_module(model, key) for key in head})
+    return options
+
+
+def _task(model: "ModelAdaptersMixin") -> str | None:
+    """PEFT's name of what the model's class is for."""
+    if model.base_model is model and not model.config.is_encoder_decoder:
+        return "FEATURE_EXTRACTION"
+    for task, theirs in TASKS.items():
+        names = getattr(modeling_auto, f"MODEL_FOR_{theirs}_MAPPING_NAMES").values()
+        if any(type(model).__name__ in ([found] if isinstance(found, str) else found) for found in names):
+            return task
+    return None
+
+
+def _module_paths(model: "nn.Module", path: str = "") -> Iterator[str]:
+    """All modules but those of adapters."""
+    for name, module in model.named_children():
+        if not isinstance(module, AdapterDict):
+            yield f"{path}{name}"
+            yield from _module_paths(module, f"{path}{name}.")
+
+
+def _head(model: "ModelAdaptersMixin", name: str, asked: str) -> Tensors:
+    """The tensors of the model's own head, but for the map onto words, which is not trained with an adapter."""
+    if heads.is_flexible(model):
+        if name in model.heads:
+            raise CheckpointError(
+                f"{asked}: PEFT has no named heads; pass with_head=False, or load the adapter into the model class of "
+                "the task and save it from there."
+            )
+        return {}
+    content = heads.content(model, None)
+    words = model.get_output_embeddings()
+    tied = {id(parameter) for parameter in words.parameters()} if words is not None else set()
+    own = {key for key, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) not in tied}
+    return {key: tensor for key, tensor in (content.weights if content else {}).items() if key in own}
+
+
+def _saved_module(model: "ModelAdaptersMixin", key: str) -> str:
+    """The module of a head's tensor: as large as can be without the map onto words."""
+    words = model.get_output_embeddings()
+    path = key.partition(".")[0]
+    whole = words is None or words not in set(model.get_submodule(path).modules())
+    return path if whole else key.rpartition(".")[0]
+
+
+def _head_keys(head: Tensors, form: Form) -> Tensors:
+    start = "base_model." if PromptSite in form.sites else "base_model.model."
+    return {start + key: tensor for key, tensor in head.items()}
