@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .sitemap import SiteMap
 
 T = TypeVar("T")
+Position = tuple[int, int]
+"""A layer, and how many of its steps come before: the attention, its output, the feed-forward block's two maps."""
+
+START: Position = (0, 0)
 Report = tuple[int, Tensor | None, Tensor]
 """The number of the site, the rows (None: all), the values (b, …)."""
 Reports = dict[str, dict[int, dict[str, list[Report]]]]
@@ -55,7 +59,7 @@ class Forward:
     site's index; masks: by stack ("", "encoder", "decoder") the attention mask (b, s) that the model was given;
     task_ids: (b,) for MultiTask; assignment: (b,) for Rows, the child of each row; repeated: the batch already has a
     copy for every channel of Parallel; channels, batch: how many copies, of how many rows, the pass itself made of its
-    inputs; shared_below: the blocks below this layer give every channel the same; record: what to report.
+    inputs; shared_below: what comes before this position gives every channel the same; record: what to report.
     """
 
     sites: SiteMap
@@ -67,7 +71,7 @@ class Forward:
     repeated: bool = False
     channels: int = 1
     batch: int = 0
-    shared_below: int = 0
+    shared_below: Position = START
     record: Record | None = None
     past: int | Tensor = 0
     prompt: int | None = None

@@ -1,26 +1,30 @@
 """The copies of a batch that the channels of Parallel need, and the blocks that need none of them.
 
-A batch is repeated when it enters the model, so that all code of the model sees one batch size. The blocks below the
-first adapter would compute the same rows for every channel: they are given the first channel's and their output is
-repeated, which costs a copy in place of a block.
+A batch is repeated when it enters the model, so that all code of the model sees one batch size. What comes before the
+first adapter would compute the same rows for every channel: whole blocks, and in that adapter's own block the attention
+and the linear maps, are given the first channel's and their output is repeated: a copy in place of a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache, EncoderDecoderCache
 from transformers.utils.generic import ModelOutput
 
-from .context import Forward, state
+from .context import START, Forward, Position, state
 from .errors import CompositionError
-from .topology import Anatomy
+from .sites import Site
+from .topology import Anatomy, Block
 
 ROW_VECTORS = ("labels", "start_positions", "end_positions", "next_sentence_label", "task_ids")
 """Inputs of one number for each row; all else of one dimension (cache positions, say) belongs to no row."""
-CACHES = ("past_key_values", "past_key_value", "cache_params")
+
+STEPS_BEFORE = {("sublayer", "self_attention"): 2, ("sublayer", "feed_forward"): 4, ("block", "block"): 4}
+"""How many steps of a block come before an adapter that sits at none of them; see ``Position``."""
 
 
 def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
@@ -62,41 +66,53 @@ def repeated(value: Any, batch: int, channels: int, name: str = "") -> Any:
     return value
 
 
-class SharedBlocks:
-    """Lets the blocks below the first adapter of a Parallel setup compute each row once."""
+class SharedRows:
+    """Lets what comes before the first adapter of a Parallel setup compute each row once."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         blocks = anatomy.blocks
         # Where blocks are called more than once, one that is below an adapter may be above it too.
         once = getattr(anatomy.base_model.config, "num_hidden_layers", 0) <= len(blocks)
-        self._layers: dict[nn.Module, int] = {block.module: block.layer for block in blocks} if once else {}
+        self._blocks: dict[nn.Module, int] = {block.module: block.layer for block in blocks} if once else {}
+        self._steps: dict[nn.Module, Position] = dict(_steps(blocks)) if once else {}
         self._handles: list[RemovableHandle] = []
+
+    def position(self, site: Site) -> Position:
+        """What has been computed when an adapter at `site` acts."""
+        if site.layer < 0:
+            return START
+        return self._steps.get(site.host, (site.layer, STEPS_BEFORE.get((site.kind, site.role), 0)))
 
     @property
     def attached(self) -> bool:
-        """Whether the blocks are hooked."""
+        """Whether there are hooks."""
         return bool(self._handles)
 
-    def attach(self, wanted: bool) -> None:
-        """Hook the blocks, or unhook them."""
-        if wanted and not self._handles:
-            for block in self._layers:
-                self._handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
-                self._handles.append(block.register_forward_hook(self.after, with_kwargs=True))
-        elif not wanted:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
+    def attach(self) -> None:
+        """Hook all of them, unless they are: next to the modules, within the hooks of all sites that are there now."""
+        for module in () if self._handles else (*self._blocks, *self._steps):
+            self._handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self.after, prepend=True, with_kwargs=True))
 
-    def _acting(self, block: nn.Module, kwargs: dict[str, Any]) -> Forward | None:
+    def detach(self) -> None:
+        """Undo it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _acting(self, module: nn.Module, inputs: list[Any], channels: bool) -> Forward | None:
+        """The pass, if `module` is to be shared in it and is given the rows of all channels, or of the first."""
         forward = state.forward
-        if forward is None or self._layers[block] >= forward.shared_below:
+        if forward is None or any(isinstance(value, (Cache, EncoderDecoderCache)) for value in inputs):
             return None
-        return None if any(kwargs.get(name) is not None for name in CACHES) else forward
+        layer, step = forward.shared_below
+        shared = self._blocks[module] < layer if module in self._blocks else _within(self._steps[module], layer, step)
+        rows = next((len(value) for value in inputs if isinstance(value, Tensor) and value.dim() > 1), 0)
+        return forward if shared and rows == forward.batch * (forward.channels if channels else 1) else None
 
-    def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Of every tensor with rows, those of the first channel."""
-        forward = self._acting(block, kwargs)
+        forward = self._acting(module, [*args, *kwargs.values()], channels=True)
         if forward is None:
             return None
         total = forward.batch * forward.channels
@@ -104,10 +120,25 @@ class SharedBlocks:
             name: _first(value, forward.batch, total) for name, value in kwargs.items()
         }
 
-    def after(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output once per channel."""
-        forward = self._acting(block, kwargs)
+        forward = self._acting(module, [*args, *kwargs.values()], channels=False)
         return None if forward is None else repeated(output, forward.batch, forward.channels)
+
+
+def _steps(blocks: Iterable[Block]) -> Iterator[tuple[nn.Module, Position]]:
+    """The steps of every block that has one attention; what is inside of its core is no step of its own."""
+    for block in blocks:
+        if len(block.cores) == 1:
+            (core,) = block.cores
+            yield core.module, (block.layer, 0)
+            for step, found in enumerate((core.projections.get("o"), *block.feed_forward.values()), 1):
+                if found is not None and not found.path.startswith(f"{core.path}."):
+                    yield found.module, (block.layer, step)
+
+
+def _within(position: Position, layer: int, step: int) -> bool:
+    return position[0] == layer and position[1] < step
 
 
 def _first(value: Any, batch: int, total: int) -> Any:

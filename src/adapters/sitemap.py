@@ -15,14 +15,14 @@ from torch.utils.hooks import RemovableHandle
 from . import methods as methods  # fills the table of methods
 from .composition import Block, Fuse, Setup, Stack
 from .configuration.base import AdapterConfig
-from .context import AdapterSetup, state
+from .context import START, AdapterSetup, Position, state
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
 from .merging import Merge
 from .method import AdapterModule, methods_of
 from .methods.fusion import AdapterFusionConfig, Fusion
 from .methods.prefix_tuning import Prefix
 from .placement import drop_shared, like, place, place_method
-from .repetition import SharedBlocks
+from .repetition import SharedRows
 from .sites import LinearSite, Site
 from .sublayers import SublayerSite
 from .topology import Anatomy, Linear, read_blocks
@@ -51,7 +51,7 @@ class SiteMap:
         self.skip_layers: frozenset[int] = frozenset()
         self._plans: dict[tuple[Block | None, frozenset[int]], tuple[Setup, ...]] = {}
         self.active_plans: tuple[Setup, ...] = ()
-        self._shared_blocks = SharedBlocks(self.anatomy)
+        self._shared_rows = SharedRows(self.anatomy)
         self.activate(None)
 
     @property
@@ -273,22 +273,22 @@ class SiteMap:
                 _check_fusions(site, plan)
             self._plans[key] = plans
             repeats = setup is not None and setup.parallel_channels > 1
-            if repeats and self._lowest_layer(plans) and not torch.compiler.is_compiling():
-                self._shared_blocks.attach(True)
+            if repeats and self._first_position(plans) > START and not torch.compiler.is_compiling():
+                self._shared_rows.attach()
         return self._plans[key]
 
-    def shared_below(self, plans: tuple[Setup, ...]) -> int:
-        """The blocks below this layer give every channel of Parallel the same, and compute it once."""
-        return self._lowest_layer(plans) if self._shared_blocks.attached else 0
+    def shared_below(self, plans: tuple[Setup, ...]) -> Position:
+        """What comes before this gives every channel of Parallel the same, and is computed once."""
+        return self._first_position(plans) if self._shared_rows.attached else START
 
-    def _lowest_layer(self, plans: tuple[Setup, ...]) -> int:
-        """The lowest layer in which one of the plans acts; 0 if one acts before all layers."""
-        acting = [site.layer for site, plan in zip(self.sites, plans, strict=True) if plan is not None]
-        return max(0, min(acting)) if acting else 0
+    def _first_position(self, plans: tuple[Setup, ...]) -> Position:
+        """Where the first of the plans acts."""
+        acting = (site for site, plan in zip(self.sites, plans, strict=True) if plan is not None)
+        return min(map(self._shared_rows.position, acting), default=START)
 
     def _refresh(self) -> None:
         self._plans = {}
-        self._shared_blocks.attach(False)
+        self._shared_rows.detach()
         self.activate(self.active, self.skip_layers)
 
     def by_layer(self, name: str) -> dict[int, dict[str, nn.Module]]:

@@ -17,7 +17,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .composition import Block, MultiTask, Split
 from .configuration.model_adapters_config import ModelAdaptersConfig
-from .context import AdapterSetup, Forward, Record, generating, state, within
+from .context import START, AdapterSetup, Forward, Record, generating, state, within
 from .errors import AdapterError, CompositionError
 from .evaluation import check_batch
 from .model import ModelAdaptersMixin
@@ -310,7 +310,7 @@ def _repeat_for_parallel(
         kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
     )
     # what the blocks report of themselves is to be of one batch size
-    below = 0 if reported else current.sites.shared_below(current.plans)
+    below = START if reported else current.sites.shared_below(current.plans)
     return args, kwargs, replace(current, repeated=True, shared_below=below, **facts)
 
 

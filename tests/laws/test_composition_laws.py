@@ -79,6 +79,7 @@ def test_parallel_computes_the_blocks_below_its_adapters_once(name: str, method:
     setup, rows, blocks = Parallel(f"{method}_partial", f"{method}_partial"), [], model.adapter_sites.anatomy.blocks
     if name in ("gpt2", "llama", "mistral", "t5", "bart"):
         batch = {**batch, "use_cache": False}
+    run(model, batch, setup)  # hooks of the library come before those below
     handles = [
         block.module.register_forward_pre_hook(lambda module, args: rows.append(len(args[0]))) for block in blocks
     ]
