@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -65,6 +65,7 @@ class AttentionSite(Site):
         """heads: of keys and values; width: d of the hidden states given to the attention; own_name: see location."""
         super().__init__(place, core)
         self.heads, self.head_width, self.width, self.own_name = heads, head_width, width, own_name
+        self.own_attention = _own_attention(type(core))
         self._kept = Kept()
 
     @property
@@ -128,8 +129,8 @@ def adapted_attention(
     or a BlockMask of flex attention. Every query sees the prefix; positions of real keys do not change.
     """
     view: Any = module.config
-    attend = _implementation(module, view.config._attn_implementation)
     site: AttentionSite = view.site
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(view.config._attn_implementation, site.own_attention)
     plan = site.plan()
     if plan is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
@@ -154,13 +155,10 @@ def adapted_attention(
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, adapted_attention)
 
 
-def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The function that `module` would have called itself: eager attention is its own file's."""
-    default: Any = None
-    for kind in type(module).__mro__:
-        default = default or getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-    return function
+def _own_attention(kind: type[nn.Module]) -> Any:
+    """The eager attention of the file that a class of attention modules is written in."""
+    files = (sys.modules.get(base.__module__) for base in kind.__mro__)
+    return next(filter(None, (getattr(file, "eager_attention_forward", None) for file in files)), None)
 
 
 def _tensor_mask(

@@ -213,7 +213,7 @@ class PrefixSignal(Signal):
         bias = None if self.bias is None else pad(self.bias, (key.shape[2], 0))
         if self.key.shape[2]:
             key, value = torch.cat([key, self.key], 2), torch.cat([value, self.value], 2)
-        return replace(self, key=key, value=value, bias=bias)
+        return type(self)(self.rows, self.hidden, key, value, bias)
 
     def select(self, mask: Tensor, other: Self) -> Self:
         """As for any signal, with prefixes padded to one length."""

@@ -91,7 +91,14 @@ class PrefixGroup(nn.Module):
 
     def layer(self, index: int) -> Tensor:
         """(2, heads, p, head width) the keys and values of the `index`-th layer."""
-        return self._kept.get(index, self.parameters(), lambda: self._compute(index))
+        return self._kept.get(index, self._sources(), lambda: self._compute(index))
+
+    def _sources(self) -> list[Any]:
+        """The parameters; ``parameters()`` walks through all modules, at every layer of every pass."""
+        if isinstance(self.control_trans, nn.Parameter):
+            return [self.control_trans]
+        inner, _, outer = self.control_trans
+        return [self.wte.weight, inner.weight, inner.bias, outer.weight, outer.bias]
 
     @torch.no_grad()
     def flat(self) -> Tensor:
@@ -142,7 +149,7 @@ class Prefix(AdapterModule[PrefixSignal]):
 
     def __init__(self, config: PrefixTuningConfig, site: AttentionSite, shared: Any = None) -> None:
         super().__init__()
-        group = shared[site.location]
+        group = next(group for group in shared.values() if site.index in group.positions)
         self._group = (group,)  # in a tuple, so that it is not registered in every layer
         self.index = group.positions[site.index]
         self.stack, self.dropout = site.stack, config.dropout
@@ -161,18 +168,18 @@ class Prefix(AdapterModule[PrefixSignal]):
 
     @classmethod
     def share(cls, config: PrefixTuningConfig, sites: Sequence[AttentionSite]) -> nn.ModuleDict:
-        """One group of prefixes for each kind of attention."""
-        kinds: dict[str, list[AttentionSite]] = {}
+        """One group of prefixes for each kind of attention, and for each shape that attentions of a kind have."""
+        kinds: dict[str, dict[tuple[int, ...], list[AttentionSite]]] = {}
         for site in sites:
-            kinds.setdefault(site.location, []).append(site)
-        for kind, members in kinds.items():
-            shapes = sorted({(member.heads, member.head_width, member.width) for member in members})
-            if len(shapes) > 1:
-                raise AdapterError(
-                    f"add_adapter: the attentions at {kind} differ in (heads, head width, width): {shapes}; one prefix "
-                    "needs one shape. Leave the layers of the others out with leave_out, or use LoRA."
-                )
-        return nn.ModuleDict({kind: PrefixGroup(config, members) for kind, members in kinds.items()})
+            shape = (site.heads, site.head_width, site.width)
+            kinds.setdefault(site.location, {}).setdefault(shape, []).append(site)
+        return nn.ModuleDict(
+            {
+                f"{kind}_{number}" if number else kind: PrefixGroup(config, members)
+                for kind, shapes in kinds.items()
+                for number, members in enumerate(shapes.values())
+            }
+        )
 
     def group_key(self) -> Hashable:
         """Of one length and without a gate."""
@@ -190,7 +197,8 @@ class Prefix(AdapterModule[PrefixSignal]):
 
     def forward(self, signal: PrefixSignal) -> PrefixSignal:
         """See the class."""
-        states = dropout(self._group[0].layer(self.index), self.dropout, self.training)
+        states = self._group[0].layer(self.index)
+        states = dropout(states, self.dropout, self.training) if self.dropout else states
         key, value = states[:, None].expand(-1, signal.key.shape[0], -1, -1, -1).to(signal.key.dtype)
         if self.weight is not None:
             gate = token_mean(torch.sigmoid(linear(signal.hidden, self.weight, self.bias)), self.stack, signal.rows)
