@@ -40,6 +40,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "trainer": ("AdapterTrainer", "AdapterTrainerCallback", "Seq2SeqAdapterTrainer"),
     "checkpoints.hub": ("AdapterInfo", "get_adapter_info", "list_adapters"),
+    "checkpoints.hub": ("AdapterInfo", "get_adapter_info", "list_adapters"),
     "errors": ("AdapterError", "CheckpointError", "CompositionError", "ConfigError", "UnknownAdapterError"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

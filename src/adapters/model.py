@@ -14,6 +14,7 @@ from . import sharing
 from .checkpoints import adapterhub, setups
 from .checkpoints import fusion as fusion_files
 from .checkpoints import heads as head_files
+from .checkpoints.publishing import PushAdapterToHubMixin
 from .combining import CombiningMixin
 from .composition import Block, Fuse, Stack, parse_composition
 from .configuration.base import AdapterConfig
@@ -41,7 +42,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, Base):  # type: ignore[misc]
+class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, PushAdapterToHubMixin, Base):  # type: ignore[misc]
     """A transformers model with adapters; ``adapters.init`` makes one of any model.
 
     Attributes:

@@ -283,11 +283,15 @@ CALLS = [
     (lambda m, f: m.load_adapter("nowhere"), CheckpointError, "there is no directory 'nowhere' here"),
     (lambda m, f: m.load_adapter("no where"), CheckpointError, "it cannot be the name of a Hub repository"),
     (
-        lambda m, f: m.load_adapter("https://x.org/a.zip"),
+        lambda m, f: m.load_adapter("https://x.org/a.zip", cache_dir=f / "none", local_files_only=True),
         CheckpointError,
-        "a URL cannot be loaded; download and unpack",
+        "it is not in .*none', and downloads are off",
     ),
-    (lambda m, f: m.load_adapter(f / "new" / "adapter_config.json"), CheckpointError, "is a file; pass the directory"),
+    (
+        lambda m, f: m.load_adapter(f / "new" / "adapter_config.json"),
+        CheckpointError,
+        "is neither a zip nor a tar file; pass one, or the directory",
+    ),
     (lambda m, f: m.load_adapter(f), CheckpointError, "No such file or directory; the directory holds 'f', 'new'"),
     (
         lambda m, f: m.load_adapter(f / "new", cache_dri="x"),

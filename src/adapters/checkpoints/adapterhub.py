@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configuration import AdapterConfig, get_adapter_config_hash
+from ..configuration import AdapterConfig
+from ..configuration.hashing import get_adapter_config_hash
 from ..configuration.resolve import build_config
 from ..errors import CheckpointError, UnknownAdapterError, suggestion
-from . import files, heads, hub, legacy, weights
+from . import files, heads, hub, legacy, peft, weights
 from .files import ADAPTER, HEAD, Content
 from .loaders import WeightsLoader
 from .placing import Adapters, Saved, all_or_nothing, place
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Loaders = Iterable[WeightsLoader] | None
 Folder = str | os.PathLike[str]
+NATIVE = "adapters"
+"""The name of this format."""
 
 
 def save_adapter(
@@ -32,20 +35,20 @@ def save_adapter(
     meta_dict: Mapping[str, Any] | None = None,
     custom_weights_loaders: Loaders = None,
     use_safetensors: bool = True,
+    format: str = NATIVE,
 ) -> None:
     """Writes an adapter, and the head of the same name if there is one, into a folder: all files or none.
 
     Args:
         meta_dict: More entries for the config file; they replace none of its own.
         custom_weights_loaders: Each saves what it wants into the folder afterwards.
+        format: "adapters", which 1.x reads too, or "peft", which ``PeftModel.from_pretrained`` reads.
 
     Raises:
         UnknownAdapterError: The model has no such adapter.
-        CheckpointError: The folder cannot be written.
+        CheckpointError: The folder cannot be written, or PEFT cannot express a field.
     """
-    contents = {ADAPTER: _content(model, adapter_name, meta_dict or {})}
-    if with_head and (head := heads.content(model, adapter_name)):
-        contents[HEAD] = head
+    contents = contents_of(model, adapter_name, with_head, meta_dict or {}, format)
     files.write(save_directory, contents, use_safetensors)
     for loader in custom_weights_loaders or ():
         loader.save(str(save_directory), adapter_name)
@@ -58,22 +61,45 @@ def save_all_adapters(
     meta_dict: Mapping[str, Any] | None = None,
     custom_weights_loaders: Loaders = None,
     use_safetensors: bool = True,
+    format: str = NATIVE,
 ) -> None:
     """Writes each adapter into a folder of its name, with its configuration's hash as ``config_id``.
 
     Raises:
-        CheckpointError: A folder cannot be written.
+        CheckpointError: A folder cannot be written; all of them are then as they were.
     """
-    for name in model.adapters_config.adapters:
-        meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(_config(model, name).to_dict())}
-        folder = files.subfolder(save_directory, name)
-        save_adapter(model, folder, name, with_head, meta, custom_weights_loaders, use_safetensors)
+    names, meta = [*model.adapters_config.adapters], dict(meta_dict or {})
+    folders = ((name, contents_of(model, name, with_head, meta | config_id(model, name), format)) for name in names)
+    files.write_tree(save_directory, folders, use_safetensors)
+    for loader in custom_weights_loaders or ():
+        for name in names:
+            loader.save(str(files.subfolder(save_directory, name)), name)
 
 
-def _content(model: "ModelAdaptersMixin", name: str, meta: Mapping[str, Any]) -> Content:
+def contents_of(
+    model: "ModelAdaptersMixin", name: str, with_head: bool, meta: Mapping[str, Any], format: str = NATIVE
+) -> dict[files.Kind, Content]:
+    """What is saved of an adapter, and of the head of its name.
+
+    Raises:
+        UnknownAdapterError: The model has no such adapter.
+        CheckpointError: There is no such format, or it cannot express the adapter.
+    """
     config = _config(model, name)
+    if format == "peft":
+        return peft.contents_of(model, name, config, with_head)
+    if format != NATIVE:
+        raise CheckpointError(f"save_adapter(format={format!r}): there are the formats {NATIVE!r} and 'peft'.")
     tensors = weights.gathered(weights.adapter_slots(model, name), weights.prefix_of(model))
-    return Content(full_config(model, name, config.to_dict(), meta), tensors)
+    contents = {ADAPTER: Content(full_config(model, name, config.to_dict(), meta), tensors)}
+    if with_head and (head := heads.content(model, name)):
+        contents[HEAD] = head
+    return contents
+
+
+def config_id(model: "ModelAdaptersMixin", name: str) -> dict[str, str]:
+    """The hash of a configuration, as a further entry of its file."""
+    return {"config_id": get_adapter_config_hash(_config(model, name).to_dict())}
 
 
 def _config(model: "ModelAdaptersMixin", name: str) -> AdapterConfig:
@@ -128,11 +154,16 @@ def load_adapter(
     if config is not None or model_name is not None:
         warnings.warn(f"{asked}: config and model_name have no effect; leave them out.", FutureWarning, stacklevel=3)
     folder = hub.resolve(asked, os.fspath(adapter_name_or_path), version, **download_arguments)
+    if num_labels is not None:
+        id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
+    if peft.is_peft(folder):
+        peft.check_arguments(asked, leave_out=leave_out, custom_weights_loaders=custom_weights_loaders)
+        name = load_as or peft.default_name(adapter_name_or_path)
+        arguments = with_head, set_active, id2label, use_safetensors, loading_info, undo
+        return peft.load(model, folder, asked, name, *arguments)
     adapter = read_adapter(folder, load_as, leave_out, use_safetensors)
     present = model.adapters_config.get(adapter.name)
     adapter = replace(adapter, config=legacy.completed(adapter.config, adapter.file, present))
-    if num_labels is not None:
-        id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
     head = heads.beside_adapter(model, folder, adapter.name, load_as, id2label, use_safetensors) if with_head else None
     with all_or_nothing(model, undo) as changes:
         place(Adapters(model), adapter, asked, loading_info, changes, complete=leave_out is None)

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, TypeGuard
 
 import torch
@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, listing
+from . import atomic
+from .atomic import Job
 
 Weights = dict[str, Tensor]
+LARGEST_JSON = 16 << 20
+"""Bytes: ten thousand labels have one."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,65 @@ def write(directory: str | os.PathLike[str], contents: Mapping[Kind, Content], u
     Raises:
         CheckpointError: The config is not JSON, or the directory cannot be written to.
     """
-    jobs: dict[str, Callable[[Path], Any]] = {}
-    for kind, content in contents.items():
-        jobs[kind.config] = partial(Path.write_text, data=as_json(content.config, directory), encoding="utf-8")
-        if use_safetensors:
-            jobs[kind.safetensors] = partial(save_file, content.weights)
-        else:
-            jobs[kind.torch] = partial(torch.save, content.weights)
-    _write_all(_folder(directory), jobs)
-    for kind in contents:
-        (Path(directory) / (kind.torch if use_safetensors else kind.safetensors)).unlink(missing_ok=True)
+    write_tree(directory, [("", contents)], use_safetensors)
 
 
-def write_json(directory: str | os.PathLike[str], file_name: str, content: Mapping[str, Any]) -> None:
-    """Writes one JSON file into a directory, which is made if need be.
+def write_tree(
+    directory: str | os.PathLike[str],
+    folders: Iterable[tuple[str, Mapping[Kind, Content]]],
+    use_safetensors: bool,
+    more: Mapping[str, Job] | None = None,
+) -> None:
+    """Writes into folders of a directory, by name (``""`` is the directory itself): all files of all of them or none.
+
+    Args:
+        folders: What is written where; read one at a time.
+        more: Further files of the directory itself.
 
     Raises:
-        CheckpointError: The content is not JSON, or the directory cannot be written to.
+        CheckpointError: A config is not JSON, a name is no name of a folder, or the directory cannot be written to.
     """
-    text = as_json(content, directory, sort_keys=False)
-    _write_all(_folder(directory), {file_name: partial(Path.write_text, data=text, encoding="utf-8")})
+    root, stale = _root(directory), set[str]()
+
+    def jobs() -> Iterator[tuple[str, Job]]:
+        for name, contents in folders:
+            folder = subfolder(root, name) if name else root
+            for kind, content in contents.items():
+                present, other = (kind.safetensors, kind.torch) if use_safetensors else (kind.torch, kind.safetensors)
+                text = as_json(content.config, folder)
+                yield _place(root, folder / kind.config), partial(Path.write_text, data=text, encoding="utf-8")
+                write_weights = save_file if use_safetensors else torch.save
+                yield _place(root, folder / present), partial(write_weights, content.weights)
+                if (folder / other).exists():
+                    stale.add(_place(root, folder / other))
+        for name, job in (more or {}).items():
+            yield _place(root, root / name), job
+
+    try:
+        atomic.write_all(root, jobs(), stale)
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+        raise CheckpointError(
+            f"saving to {str(root)!r}: {error}; old files are as they were. Pass another directory."
+        ) from error
+
+
+def _place(root: Path, file: Path) -> str:
+    if file.parent.exists() and not file.parent.is_dir():
+        raise CheckpointError(f"saving to {str(file.parent)!r}: this is a file; pass the path of a directory.")
+    if file.is_dir():
+        raise CheckpointError(f"saving to {str(file.parent)!r}: {file.name!r} is a directory there; remove it first.")
+    return file.relative_to(root).as_posix()
+
+
+def json_job(directory: str | os.PathLike[str], content: Mapping[str, Any]) -> Job:
+    """What writes a JSON file into a directory, its keys in their order.
+
+    Raises:
+        CheckpointError: The content is not JSON.
+    """
+    return partial(Path.write_text, data=as_json(content, directory, sort_keys=False), encoding="utf-8")
 
 
 def as_json(content: Mapping[str, Any], directory: str | os.PathLike[str], sort_keys: bool = True) -> str:
@@ -103,33 +146,13 @@ def subfolder(directory: str | os.PathLike[str], name: str) -> Path:
     return Path(directory) / name
 
 
-def _folder(directory: str | os.PathLike[str]) -> Path:
+def _root(directory: str | os.PathLike[str]) -> Path:
     if not os.fspath(directory):
         raise CheckpointError("saving to '': an empty path names no directory; '.' is the current one.")
-    return Path(directory)
-
-
-def _write_all(folder: Path, jobs: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Runs each job on a temporary file beside its target, then moves all of them in place."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"saving to {str(folder)!r}: this is a file; pass the path of a directory.")
-    if blocked := [name for name in jobs if (folder / name).is_dir()]:
-        raise CheckpointError(f"saving to {str(folder)!r}: {blocked[0]!r} is a directory there; remove it first.")
-    temporary: dict[str, Path] = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, job in jobs.items():
-            temporary[name] = folder / f".{name}.{token_hex(4)}"
-            job(temporary[name])
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        raise CheckpointError(
-            f"saving to {str(folder)!r}: {error}; old files are as they were. Pass another directory."
-        ) from error
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    root = Path(directory)
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"saving to {str(root)!r}: this is a file; pass the path of a directory.")
+    return root
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -138,8 +161,13 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing, unreadable, or not a JSON object.
     """
+    atomic.finish_around(file.parent)
     try:
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise CheckpointError(f"{str(file)!r}: has {size:,} bytes; a config has at most {LARGEST_JSON:,}.")
         content = json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{str(file)!r}: {error.strerror}; {_present(file.parent)}") from error
     except (ValueError, RecursionError) as error:
@@ -173,6 +201,7 @@ def _read_tensors(file: Path) -> Weights:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        _refuse_compressed(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken pickle can raise is without limit
         details = (str(error).splitlines() or ["no details"])[0]
@@ -184,7 +213,21 @@ def _read_tensors(file: Path) -> Weights:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
     ):
         raise CheckpointError(f"{str(file)!r}: no weights file of adapters; it must hold tensors by name.")
+    size = file.stat().st_size
+    if lying := [key for key, tensor in content.items() if tensor.numel() * tensor.element_size() > size]:
+        raise CheckpointError(
+            f"{str(file)!r}: {lying[0]!r} has shape {tuple(content[lying[0]].shape)}, more than the {size:,} bytes of "
+            "the file can hold. Save or download it again."
+        )
     return content
+
+
+def _refuse_compressed(file: Path) -> None:
+    """torch stores what it writes as it is; what is compressed may become larger than any memory."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its entries are compressed, as torch never writes them")
 
 
 def _present(folder: Path) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..composition import Fuse
-from ..configuration import AdapterConfig, AdapterFusionConfig, get_adapter_config_hash
+from ..configuration import AdapterConfig, AdapterFusionConfig
+from ..configuration.hashing import get_adapter_config_hash
 from ..errors import AdapterError, CheckpointError, UnknownAdapterError, listing, suggestion
 from . import files, heads, weights
 from .adapterhub import Folder, Loaders
@@ -41,16 +42,7 @@ def save_adapter_fusion(
         CheckpointError: The folder cannot be written.
     """
     name = fusion_name(adapter_names)
-    contents = {FUSION: _content(model, name, meta_dict or {})}
-    if with_head:
-        head_name = with_head if isinstance(with_head, str) else name
-        head = heads.content(model, head_name)
-        if head is None:
-            raise UnknownAdapterError(
-                f"save_adapter_fusion({name!r}): No head with name {head_name!r} found; pass with_head=False."
-            )
-        contents[HEAD] = head
-    files.write(save_directory, contents, use_safetensors)
+    files.write(save_directory, contents_of(model, name, with_head, meta_dict or {}), use_safetensors)
     for loader in custom_weights_loaders or ():
         loader.save(str(save_directory), name)
 
@@ -67,11 +59,12 @@ def save_all_adapter_fusions(
     Raises:
         CheckpointError: A folder cannot be written.
     """
-    for name in model.adapters_config.fusions:
-        config, _ = _fusion(model, name)
-        meta = {**(meta_dict or {}), "config_id": get_adapter_config_hash(config.to_dict())}
-        folder = files.subfolder(save_directory, name)
-        save_adapter_fusion(model, folder, name, meta, custom_weights_loaders, use_safetensors=use_safetensors)
+    names, meta = [*model.adapters_config.fusions], dict(meta_dict or {})
+    folders = ((name, contents_of(model, name, False, meta | config_id(model, name))) for name in names)
+    files.write_tree(save_directory, folders, use_safetensors)
+    for loader in custom_weights_loaders or ():
+        for name in names:
+            loader.save(str(files.subfolder(save_directory, name)), name)
 
 
 def fusion_name(adapter_names: Fuse | list[str] | str) -> str:
@@ -81,11 +74,32 @@ def fusion_name(adapter_names: Fuse | list[str] | str) -> str:
     return adapter_names if isinstance(adapter_names, str) else ",".join(adapter_names)
 
 
-def _content(model: "ModelAdaptersMixin", name: str, meta: Mapping[str, Any]) -> Content:
+def contents_of(
+    model: "ModelAdaptersMixin", name: str, with_head: bool | str, meta: Mapping[str, Any]
+) -> dict[files.Kind, Content]:
+    """What is saved of a fusion, and of the head of its name or another one.
+
+    Raises:
+        UnknownAdapterError: The model has no such fusion or head.
+    """
     config, adapters = _fusion(model, name)
     tensors = weights.gathered(weights.fusion_slots(model, name), weights.prefix_of(model))
-    described = full_config(model, name, config.to_dict(), meta) | {"adapter_names": adapters}
-    return Content(described, tensors)
+    contents = {
+        FUSION: Content(full_config(model, name, config.to_dict(), meta) | {"adapter_names": adapters}, tensors)
+    }
+    if with_head:
+        head_name = with_head if isinstance(with_head, str) else name
+        if (head := heads.content(model, head_name)) is None:
+            raise UnknownAdapterError(
+                f"save_adapter_fusion({name!r}): No head with name {head_name!r} found; pass with_head=False."
+            )
+        contents[HEAD] = head
+    return contents
+
+
+def config_id(model: "ModelAdaptersMixin", name: str) -> dict[str, str]:
+    """The hash of a configuration, as a further entry of its file."""
+    return {"config_id": get_adapter_config_hash(_fusion(model, name)[0].to_dict())}
 
 
 def _fusion(model: "ModelAdaptersMixin", name: str) -> tuple[AdapterFusionConfig, list[str]]:

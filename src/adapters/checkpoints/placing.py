@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..composition import Fuse
 from ..configuration import AdapterConfig
+from ..errors import CheckpointError
 from ..method import filled_later
 from .files import Weights
 from .provenance import check_architecture, origin, prefixes
@@ -58,9 +59,19 @@ class Adapters(Bearer[AdapterConfig]):
         return self.model.adapters_config.get(name)
 
     def add(self, name: str, config: AdapterConfig) -> None:
-        """Makes a new adapter."""
-        with filled_later():
-            self.model.add_adapter(name, config=config)
+        """Makes a new adapter.
+
+        Raises:
+            CheckpointError: There is no memory for it.
+        """
+        try:
+            with filled_later():
+                self.model.add_adapter(name, config=config)
+        except (MemoryError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"load_adapter({name!r}): it cannot be made as its config says: {reason}. Check the sizes in the file."
+            ) from error
 
     def delete(self, name: str) -> None:
         """Removes an adapter."""

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 from .. import __version__
 from ..composition import Block, Fuse, Setup, parse_composition
 from ..errors import AdapterError, CheckpointError, UnknownAdapterError
-from . import files, heads, hub
-from .adapterhub import Folder, Loaders, load_adapter, save_adapter
-from .files import SETUP_FILE
-from .fusion import load_adapter_fusion, save_adapter_fusion
+from . import adapterhub, files, fusion, heads, hub
+from .adapterhub import Folder, Loaders, load_adapter
+from .files import HEAD, SETUP_FILE, Content
+from .fusion import load_adapter_fusion
 from .placing import all_or_nothing
 
 if TYPE_CHECKING:
     from ..model import ModelAdaptersMixin
-
-logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ def save_adapter_setup(
     custom_weights_loaders: Loaders = None,
     use_safetensors: bool = True,
 ) -> None:
-    """Writes a composition: a folder for each of its adapters, fusions and heads, and last ``adapter_setup.json``.
+    """Writes a composition: ``adapter_setup.json`` and a folder for each adapter, fusion and head; all or none.
 
     Args:
         head_setup: The heads that belong to it; True for the one head of an ordinary model class.
@@ -50,23 +48,25 @@ def save_adapter_setup(
         raise AdapterError("save_adapter_setup(None): there is nothing to save; pass a name or a composition block.")
     head_names = list(_head_names(head_setup))
     _check_present(model, setup, head_names)
-    for name in sorted(setup.flatten()):
-        folder = files.subfolder(save_directory, name)
-        save_adapter(model, folder, name, False, meta_dict, custom_weights_loaders, use_safetensors)
-    for fusion in _fusions(setup):
-        folder = files.subfolder(save_directory, fusion.name)
-        save_adapter_fusion(model, folder, fusion, meta_dict, custom_weights_loaders, use_safetensors=use_safetensors)
-    for head in head_names:
-        heads.save_head(model, files.subfolder(save_directory, head), head, use_safetensors)
-    if head_setup is True:
-        heads.save_head(model, save_directory, None, use_safetensors)
     saved_heads = head_setup.to_dict() if isinstance(head_setup, Block) else head_setup
     content = {"adapter_setup": setup.to_dict(), "head_setup": saved_heads, "version": f"adapters.{__version__}"}
-    files.write_json(save_directory, SETUP_FILE, content)
+    more = {SETUP_FILE: files.json_job(save_directory, content)}
+    names, meta = sorted(setup.flatten()), meta_dict or {}
+
+    def folders() -> Iterator[tuple[str, dict[files.Kind, Content]]]:
+        yield from ((name, adapterhub.contents_of(model, name, False, meta)) for name in names)
+        yield from ((fused.name, fusion.contents_of(model, fused.name, False, meta)) for fused in _fusions(setup))
+        own = [("", None)] if head_setup is True else [(head, head) for head in head_names]
+        yield from ((folder, {HEAD: head}) for folder, name in own if (head := heads.content(model, name)))
+
+    files.write_tree(save_directory, folders(), use_safetensors, more)
+    for loader in custom_weights_loaders or ():
+        for name in (*names, *(fused.name for fused in _fusions(setup))):
+            loader.save(str(files.subfolder(save_directory, name)), name)
 
 
 def _check_present(model: "ModelAdaptersMixin", setup: Block, head_names: list[str]) -> None:
-    fusions = [fusion.name for fusion in _fusions(setup) if fusion.name not in model.adapters_config.fusions]
+    fusions = [fused.name for fused in _fusions(setup) if fused.name not in model.adapters_config.fusions]
     adapters = sorted(name for name in setup.flatten() if name not in model.adapters_config)
     unknown = [name for name in head_names if heads.content(model, name) is None]
     for kind, missing in (("adapter", adapters), ("AdapterFusion", fusions), ("head", unknown)):
@@ -99,8 +99,8 @@ def load_adapter_setup(
         for name in sorted(setup.flatten()):
             adapter = files.subfolder(folder, name)
             load_adapter(model, adapter, load_as=name, with_head=False, undo=undo, **options)
-        for fusion in _fusions(setup):
-            load_adapter_fusion(model, files.subfolder(folder, fusion.name), with_head=False, undo=undo, **options)
+        for fused in _fusions(setup):
+            load_adapter_fusion(model, files.subfolder(folder, fused.name), with_head=False, undo=undo, **options)
         _load_heads(model, folder, head_setup, use_safetensors, undo)
         if set_active:
             model.set_active_adapters(setup)

@@ -1,11 +1,14 @@
 """What a trainer writes of a model and reads back: its adapters, fusions, heads and other trained weights."""
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..checkpoints import adapterhub, atomic, files, fusion, heads
 from ..checkpoints.adapterhub import load_adapter
 from ..checkpoints.files import ADAPTER, FUSION, HEAD
 from ..checkpoints.fusion import load_adapter_fusion
@@ -21,15 +24,20 @@ OTHER_WEIGHTS = "trained_base_parameters.safetensors"
 
 
 def save_trained(model: ModelAdaptersMixin, folder: str, with_fusions: bool) -> None:
-    """Writes each adapter, each fusion if `with_fusions`, and each head into a folder of its name in `folder`."""
-    model.save_all_adapters(folder)
-    if with_fusions:
-        model.save_all_adapter_fusions(folder)
-    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
-        model.save_all_heads(folder)
-    if others := _other_trained(model):
-        weights = {name: parameter.detach().contiguous() for name, parameter in others.items()}
-        save_file(weights, Path(folder) / OTHER_WEIGHTS, metadata={"format": "pt"})
+    """Writes each adapter, each fusion if `with_fusions`, and each head into a folder of its name: all or none."""
+
+    def contents() -> Iterator[tuple[str, dict[files.Kind, files.Content]]]:
+        for name in model.adapters_config:
+            yield name, adapterhub.contents_of(model, name, True, adapterhub.config_id(model, name))
+        for name in model.adapters_config.fusions if with_fusions else ():
+            yield name, fusion.contents_of(model, name, False, fusion.config_id(model, name))
+        for name in model.heads if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else ():
+            if name not in model.adapters_config and (head := heads.content(model, name)):
+                yield name, {HEAD: head}
+
+    weights = {name: parameter.detach().contiguous() for name, parameter in _other_trained(model).items()}
+    more = {OTHER_WEIGHTS: partial(save_file, weights, metadata={"format": "pt"})} if weights else {}
+    files.write_tree(folder, contents(), True, more)
 
 
 def load_trained(model: ModelAdaptersMixin, folder: str) -> None:
@@ -39,6 +47,7 @@ def load_trained(model: ModelAdaptersMixin, folder: str) -> None:
         CheckpointError: `folder` has no adapter or lacks one that is active, or a file does not fit; the model is left
             as it was.
     """
+    atomic.finish(Path(folder))
     saved_adapters, saved_fusions, saved_heads = (
         [file.parent for file in sorted(Path(folder).glob(f"*/{kind.config}"))] for kind in (ADAPTER, FUSION, HEAD)
     )
