@@ -52,6 +52,7 @@ ORDER += [
     "checkpoints",
     "loading",
     "invertible",
+    "embeddings",
     "model",
     "wrap",
     "heads",

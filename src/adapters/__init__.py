@@ -16,6 +16,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "context": ("AdapterSetup",),
     "model": ("ModelAdaptersMixin",),
+    "embeddings": ("EmbeddingAdaptersMixin",),
+    "invertible": ("InvertibleAdaptersMixin",),
     "configuration": (
         "ADAPTERFUSION_CONFIG_MAP", "ADAPTER_CONFIG_MAP", "AdaLoRAConfig", "AdapterConfig", "AdapterFusionConfig",
         "AdapterPlusConfig", "BOFTConfig", "BitFitConfig", "BnConfig", "CPTConfig", "CompacterConfig",

@@ -21,6 +21,7 @@ from .configuration.base import AdapterConfig
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .configuration.registry import DEFAULT_ADAPTER_CONFIG
 from .context import current, keeping_context
+from .embeddings import EmbeddingAdaptersMixin
 from .errors import AdapterError, CompositionError, ConfigError, UnknownAdapterError, listing
 from .invertible import InvertibleAdaptersMixin
 from .methods import lora_data
@@ -42,7 +43,13 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, PushAdapterToHubMixin, Base):  # type: ignore[misc]
+class ModelAdaptersMixin(
+    CombiningMixin,
+    EmbeddingAdaptersMixin,
+    InvertibleAdaptersMixin,
+    PushAdapterToHubMixin,
+    Base,  # type: ignore[misc]
+):
     """A transformers model with adapters; ``adapters.init`` makes one of any model.
 
     Attributes:
@@ -313,7 +320,8 @@ class ModelAdaptersMixin(CombiningMixin, InvertibleAdaptersMixin, PushAdapterToH
 
     def freeze_model(self, freeze: bool = True) -> None:
         """Freeze (or with False train) every parameter of the base model; heads stay as they are."""
-        for parameter in self.base_model.parameters():
+        tables = (table.weight for table in self.loaded_embeddings.values())
+        for parameter in (*tables, *self.base_model.parameters()):
             if parameter.dtype.is_floating_point:
                 parameter.requires_grad = not freeze
         self.adapter_sites.frozen = freeze

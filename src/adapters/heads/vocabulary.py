@@ -53,6 +53,14 @@ class VocabularyHeads(HeadAdder):
             head.set_output_embeddings(new)
         return embeddings
 
+    def follow_vocabulary(self, size: int) -> None:
+        """Also in the configs of the tied heads."""
+        super().follow_vocabulary(size)
+        weight = self.get_input_embeddings().weight
+        for head in self.heads.values():
+            if isinstance(head, CausalLMHead) and head.get_output_embeddings().weight is weight:
+                head.config["vocab_size"] = size
+
     def _tied_heads(self) -> dict[str, str]:
         """The weights of heads that are tied, each with the input embeddings' weight that it is tied to."""
         # T5 1.1 says with scale_decoder_outputs=False that its output embeddings are not tied.
