@@ -508,11 +508,11 @@ class ModelAdaptersMixin(
         meta_dict: Mapping[str, Any] | None = None,
         custom_weights_loaders: Any = None,
         use_safetensors: bool = True,
+        format: str = adapterhub.NATIVE,
     ) -> None:
         """Save an adapter, and the head of its name, to a folder. See ``checkpoints.adapterhub.save_adapter``."""
-        adapterhub.save_adapter(
-            self, save_directory, adapter_name, with_head, meta_dict, custom_weights_loaders, use_safetensors
-        )
+        options = with_head, meta_dict, custom_weights_loaders, use_safetensors, format
+        adapterhub.save_adapter(self, save_directory, adapter_name, *options)
 
     def load_adapter(self, adapter_name_or_path: str | os.PathLike[str], config: Any = None, **kwargs: Any) -> str:
         """Load an adapter from a folder or the Hub; returns its name. See ``checkpoints.adapterhub.load_adapter``."""

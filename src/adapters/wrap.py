@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, Cache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from .checkpoints import peft
 from .composition import Block, MultiTask, Split
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .context import START, AdapterSetup, Forward, Record, generating, state, within
@@ -40,10 +41,10 @@ def init(
     """Give a transformers model support for adapters, in place. Its outputs do not change.
 
     Returns:
-        None; the model itself if it already had support.
+        None; the model itself if it already had support; for a ``PeftModel`` the model in it, with PEFT's adapters.
 
     Raises:
-        AdapterError: `model` is not a transformers model.
+        AdapterError: `model` is not a transformers model, or an adapter of PEFT cannot be taken over.
 
     Example:
         >>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
@@ -52,6 +53,8 @@ def init(
     """
     if isinstance(model, ModelAdaptersMixin):
         return cast(PreTrainedModel, model)
+    if peft.is_wrapped(model):
+        return cast(PreTrainedModel, peft.take_over(model))
     if not isinstance(model, PreTrainedModel):
         raise AdapterError(
             f"adapters.init({type(model).__name__}): it is no transformers model; give a PreTrainedModel, such as "

@@ -4,7 +4,8 @@
 ``writing`` go through a file.
 """
 
+from .live import is_wrapped, take_over
 from .loading import check_arguments, default_name, is_peft, load
 from .writing import contents_of
 
-__all__ = ["check_arguments", "contents_of", "default_name", "is_peft", "load"]
+__all__ = ["check_arguments", "contents_of", "default_name", "is_peft", "is_wrapped", "load", "take_over"]

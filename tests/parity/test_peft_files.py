@@ -1,0 +1,446 @@
+"""Folders of PEFT: loaded here, and written for PEFT, with equal outputs."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_models import config, disturb, inputs, plain
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+import adapters
+from adapters import AdapterError, LoRAConfig
+from adapters.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT asks for it
+    "ignore:.*symmetric initialization",
+    "ignore:Specified to not save:UserWarning",
+    "ignore:Sparse invariant checks:UserWarning",
+    "ignore:Failed to load the CUDA extension:UserWarning",
+    "ignore:Setting boft_n_butterfly_factor to 1:UserWarning",
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+    "ignore:Adapter 'default'. 4 LoRA tensor.s. have invalid shape",  # lora_B.bias has one dimension
+    "ignore:Unsupported layer type:UserWarning",
+)
+
+
+def bare(architecture: str, task: str | None) -> Any:
+    """A tiny model for one of PEFT's tasks."""
+    if task == "SEQ_CLS":
+        torch.manual_seed(7)
+        kind = AutoModelForImageClassification if architecture == "vit" else AutoModelForSequenceClassification
+        return kind.from_config(config(architecture)).eval()
+    return plain(architecture, head=task not in (None, "FEATURE_EXTRACTION"))
+
+
+def logits(model: Any, architecture: str, **extra: Any) -> torch.Tensor:
+    """What the model makes of the batch."""
+    batch = inputs(architecture)
+    with torch.no_grad():
+        return model(**batch, **extra)[0]
+
+
+def trained(architecture: str, configuration: peft.PeftConfig, scale: float = 0.3) -> Any:
+    """PEFT's model, with noise on all that its adapter trains."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(bare(architecture, configuration.task_type), configuration)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    return model.eval()
+
+
+def ours(architecture: str, task: str | None) -> Any:
+    model = bare(architecture, task)
+    adapters.init(model)
+    return model
+
+
+def check(theirs: Any, architecture: str, folder: Any, task: str | None = None, **extra: Any) -> Any:
+    """Save with PEFT, load here, compare; returns our model."""
+    task = task or theirs.peft_config["default"].task_type
+    theirs.save_pretrained(folder)
+    model = ours(architecture, task)
+    before = logits(model, architecture)
+    model.load_adapter(folder, load_as="x", set_active=True)
+    expected, found = logits(theirs, architecture, **extra), logits(model, architecture, **extra)
+    expected = expected[:, -found.shape[1] :]  # PEFT's outputs have the prompt's positions too
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, found[:, -before.shape[1] :], atol=1e-5)
+    return model
+
+
+def check_back(model: Any, architecture: str, task: str | None, folder: Any, **extra: Any) -> None:
+    """Save here for PEFT, load there, compare."""
+    held = [site for site, _ in model.adapter_sites.holding("x") if site.place.outside == "classifier"]
+    model.save_adapter(folder, "x", with_head=not held, format="peft")
+    theirs = peft.PeftModel.from_pretrained(bare(architecture, task), folder).eval()
+    expected, found = logits(model, architecture, **extra), logits(theirs, architecture, **extra)
+    torch.testing.assert_close(found[:, -expected.shape[1] :], expected, rtol=1e-5, atol=1e-5)
+
+
+CLS = {"task_type": "SEQ_CLS"}
+LM = {"task_type": "CAUSAL_LM"}
+LINEAR = ["query", "intermediate.dense"]
+METHODS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
+    "lora": ("bert", partial(peft.LoraConfig, r=3, lora_alpha=5, target_modules=["query", "value"], **CLS)),
+    "adalora": ("bert", partial(peft.AdaLoraConfig, init_r=4, target_r=2, total_step=9, target_modules=LINEAR, **CLS)),
+    "vera": ("bert", partial(peft.VeraConfig, r=4, target_modules=["query", "dense"], **CLS)),
+    "vera_drawn": ("bert", partial(peft.VeraConfig, r=4, target_modules=LINEAR, save_projection=False, **CLS)),
+    "ia3": ("bert", partial(peft.IA3Config, **CLS)),
+    "loha": ("bert", partial(peft.LoHaConfig, r=2, alpha=3, target_modules=LINEAR, **CLS)),
+    "lokr": ("bert", partial(peft.LoKrConfig, r=2, alpha=3, target_modules=LINEAR, **CLS)),
+    "lokr_both": ("bert", partial(peft.LoKrConfig, r=1, decompose_both=True, target_modules=LINEAR, **CLS)),
+    "fourierft": ("bert", partial(peft.FourierFTConfig, n_frequency=30, scaling=10, target_modules=LINEAR, **CLS)),
+    "vblora": ("bert", partial(peft.VBLoRAConfig, r=2, num_vectors=6, vector_length=4, target_modules=LINEAR, **CLS)),
+    "vblora_best": (
+        "bert",
+        partial(
+            peft.VBLoRAConfig, num_vectors=6, vector_length=4, save_only_topk_weights=True, target_modules=LINEAR, **CLS
+        ),
+    ),
+    "randlora": ("bert", partial(peft.RandLoraConfig, r=3, randlora_alpha=4, target_modules=LINEAR, **CLS)),
+    "shira": ("bert", partial(peft.ShiraConfig, r=2, target_modules=LINEAR, **CLS)),
+    "hira": ("bert", partial(peft.HiraConfig, r=2, target_modules=LINEAR, **CLS)),
+    "oft": ("bert", partial(peft.OFTConfig, oft_block_size=4, target_modules=LINEAR, **CLS)),
+    "oft_blocks": (
+        "bert",
+        partial(peft.OFTConfig, r=2, oft_block_size=0, use_cayley_neumann=False, target_modules=LINEAR, **CLS),
+    ),
+    "boft": ("bert", partial(peft.BOFTConfig, boft_block_size=4, target_modules=LINEAR, **CLS)),
+    "hra": ("bert", partial(peft.HRAConfig, r=2, target_modules=LINEAR, **CLS)),
+    "miss": ("bert", partial(peft.MissConfig, r=4, target_modules=LINEAR, **CLS)),
+    "miss_mini": ("bert", partial(peft.MissConfig, r=4, mini_r=8, init_weights="mini", target_modules=LINEAR, **CLS)),
+    "miss_bat": ("bert", partial(peft.MissConfig, r=4, init_weights="bat", target_modules=LINEAR, **CLS)),
+    "road": ("bert", partial(peft.RoadConfig, group_size=8, variant="road_2", target_modules=LINEAR, **CLS)),
+    "ln_tuning": ("bert", partial(peft.LNTuningConfig, target_modules=["LayerNorm"], **CLS)),
+    "ln_tuning_some": ("llama", partial(peft.LNTuningConfig, target_modules=["input_layernorm"], **LM)),
+    "trainable_tokens": (
+        "bert",
+        partial(peft.TrainableTokensConfig, token_indices=[*range(3, 20)], target_modules=["word_embeddings"]),
+    ),
+    "prompt": ("gpt2", partial(peft.PromptTuningConfig, num_virtual_tokens=3, **LM)),
+    "prompt_of_an_encoder": (
+        "bert",
+        partial(peft.PromptTuningConfig, num_virtual_tokens=3, task_type="FEATURE_EXTRACTION"),
+    ),
+    "prompt_t5": (
+        "t5",
+        partial(peft.PromptTuningConfig, num_virtual_tokens=3, num_transformer_submodules=1, task_type="SEQ_2_SEQ_LM"),
+    ),
+    "p_tuning": ("llama", partial(peft.PromptEncoderConfig, num_virtual_tokens=3, **LM)),
+    "multitask_prompt": ("gpt2", partial(peft.MultitaskPromptTuningConfig, num_virtual_tokens=3, num_tasks=2, **LM)),
+    "cpt": ("llama", partial(peft.CPTConfig, cpt_token_ids=[5, 6, 7], cpt_tokens_type_mask=[1, 2, 3], **LM)),
+    "prefix": ("bert", partial(peft.PrefixTuningConfig, num_virtual_tokens=3, **CLS)),
+    "prefix_projection": ("gpt2", partial(peft.PrefixTuningConfig, num_virtual_tokens=3, prefix_projection=True, **LM)),
+    "prefix_grouped": ("llama", partial(peft.PrefixTuningConfig, num_virtual_tokens=3, **LM)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_goes_in_and_out(name: str, tmp_path) -> None:
+    architecture, configuration = METHODS[name]
+    extra = {"task_ids": torch.tensor([1, 0, 0, 1])} if name == "multitask_prompt" else {}
+    theirs = trained(architecture, configuration())
+    model = check(theirs, architecture, tmp_path / "in", **extra)
+    check_back(model, architecture, theirs.peft_config["default"].task_type, tmp_path / "out", **extra)
+
+
+# --- LoRA's options ---------------------------------------------------------------------------------------------------
+
+QV = {"r": 3, "lora_alpha": 5, "target_modules": ["query", "value"], **CLS}
+ATTENTION = ["q_proj", "v_proj"]
+LORA: dict[str, tuple[str, dict[str, Any]]] = {
+    "rslora": ("bert", QV | {"use_rslora": True}),
+    "dora": ("bert", QV | {"use_dora": True}),
+    "dora_conv1d": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, **LM}),
+    "lora_bias": ("bert", QV | {"lora_bias": True}),
+    "bias_all": ("bert", QV | {"bias": "all"}),
+    "bias_lora_only": ("bert", QV | {"bias": "lora_only"}),
+    "bias_both": ("bert", QV | {"bias": "lora_only", "lora_bias": True}),
+    "rank_pattern": ("bert", QV | {"rank_pattern": {"0.attention.self.query": 5, "value": 2}}),
+    "alpha_pattern": (
+        "bert",
+        QV | {"use_rslora": True, "alpha_pattern": {r"layer\.0.*value": 9, "query": 1, "value": 7}},
+    ),
+    "layers_to_transform": ("bert", QV | {"layers_to_transform": [1], "layers_pattern": "layer"}),
+    "regex": ("bert", QV | {"target_modules": r".*layer\.1.*(key|output\.dense)"}),
+    "exclude_modules": ("bert", QV | {"exclude_modules": r".*layer\.0.*query"}),
+    "all_linear": ("bert", QV | {"target_modules": "all-linear"}),
+    "all_linear_llama": ("llama", {"target_modules": "all-linear", **LM}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, **LM}),
+    "t5": ("t5", {"target_modules": ["q", "wo"], "task_type": "SEQ_2_SEQ_LM"}),
+    "bart": ("bart", {"target_modules": [*ATTENTION, "fc2"], "task_type": "SEQ_2_SEQ_LM"}),
+    "bart_cross": ("bart", {"target_modules": r".*decoder.*encoder_attn.q_proj", "task_type": "SEQ_2_SEQ_LM"}),
+    "vit": ("vit", {"target_modules": ["q_proj", "fc1"], **CLS}),
+    "classifier_itself": ("bert", QV | {"target_modules": ["query", "classifier"], "task_type": None}),
+    "embeddings": ("bert", QV | {"target_modules": ["query", "word_embeddings"]}),
+    "embeddings_llama": ("llama", {"target_modules": ["embed_tokens", "q_proj"], **LM}),
+    "embeddings_gpt2": ("gpt2", {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True, **LM}),
+    "lm_head": ("llama", {"target_modules": ["lm_head", "q_proj"], **LM}),
+    "tokens": ("bert", QV | {"trainable_token_indices": [*range(3, 20)]}),
+    "tokens_tied": (
+        "gpt2",
+        {"trainable_token_indices": {"wte": [*range(3, 20)]}, "target_modules": ["c_fc"], "fan_in_fan_out": True, **LM},
+    ),
+    "tokens_alone": ("bert", QV | {"trainable_token_indices": [*range(3, 20)], "target_modules": ["query"]}),
+    "target_parameters": ("bert", QV | {"target_modules": ["value"], "target_parameters": ["query.weight"]}),
+    "pissa": ("bert", QV | {"init_lora_weights": "pissa"}),
+    "pissa_conv1d": (
+        "gpt2",
+        {"init_lora_weights": "pissa", "target_modules": ["c_attn"], "fan_in_fan_out": True, **LM},
+    ),
+    "olora": ("bert", QV | {"init_lora_weights": "olora", "use_rslora": True}),
+    "gaussian": ("bert", QV | {"init_lora_weights": "gaussian"}),
+    "orthogonal": ("bert", QV | {"r": 4, "init_lora_weights": "orthogonal"}),
+    "modules_to_save": ("bert", QV | {"modules_to_save": ["classifier"], "task_type": None}),
+    "prefix_free": ("bert", {"r": 3, "target_modules": ["query"], "task_type": "FEATURE_EXTRACTION"}),
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_every_option_of_lora_goes_in_and_out(name: str, tmp_path) -> None:
+    architecture, fields = LORA[name]
+    own = {"classifier_itself": "SEQ_CLS", "modules_to_save": "SEQ_CLS"}.get(name, fields["task_type"])
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(bare(architecture, own), peft.LoraConfig(**fields))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model = check(theirs.eval(), architecture, tmp_path / "in", task=own)
+    if not name.startswith("bias"):  # which PEFT cannot switch off
+        check_back(model, architecture, own, tmp_path / "out")
+
+
+# --- from a live model ------------------------------------------------------------------------------------------------
+
+
+TAKEN = ["lora", "ia3", "vera", "oft", "miss_bat", "ln_tuning", "prompt", "prefix", "trainable_tokens"]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_init_takes_adapters_over(name: str) -> None:
+    architecture, configuration = METHODS[name]
+    theirs = trained(architecture, configuration())
+    expected, plain_model = logits(theirs, architecture), theirs.get_base_model()
+    model: Any = adapters.init(theirs)
+    assert model is plain_model
+    assert model.active_adapters == adapters.Stack("default")
+    assert not [module for module in model.modules() if type(module).__module__.startswith("peft.")]
+    found = logits(model, architecture)
+    torch.testing.assert_close(found, expected[:, -found.shape[1] :], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_init_keeps_weights_that_peft_has_changed(start: str) -> None:
+    theirs = trained("bert", peft.LoraConfig(**QV, init_lora_weights=start))
+    expected = logits(theirs, "bert")
+    model: Any = adapters.init(theirs)
+    torch.testing.assert_close(logits(model, "bert"), expected, rtol=1e-5, atol=1e-5)
+    assert model.adapters_config.get("default").init_weights == "lora"
+
+
+def test_init_takes_all_adapters_and_what_is_trained() -> None:
+    theirs = trained("bert", peft.LoraConfig(r=2, target_modules=["query"], task_type="FEATURE_EXTRACTION"))
+    theirs.add_adapter("other", peft.LoraConfig(r=3, target_modules=["key"], task_type="FEATURE_EXTRACTION"))
+    theirs.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    expected = logits(theirs, "bert")
+    model: Any = adapters.init(theirs)
+    assert model.active_adapters == adapters.Stack("default", "other")
+    torch.testing.assert_close(logits(model, "bert"), expected, rtol=1e-5, atol=1e-5)
+    assert not model.training
+    trained_here = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained_here
+    assert all(".loras." in name for name in trained_here)
+
+
+def test_init_of_a_model_that_cannot_be_taken_over_changes_nothing() -> None:
+    theirs = trained("bert", peft.LoHaConfig(r=2, rank_pattern={"query": 3}, target_modules=LINEAR, **CLS))
+    expected, modules = logits(theirs, "bert"), [type(module) for module in theirs.modules()]
+    with pytest.raises(AdapterError, match=r"adapters.init\(PeftModel\): rank_pattern=.* cannot be mapped"):
+        adapters.init(theirs)
+    assert [type(module) for module in theirs.modules()] == modules
+    torch.testing.assert_close(logits(theirs, "bert"), expected, rtol=0, atol=0)
+
+
+def test_init_of_a_merged_or_mixed_model() -> None:
+    theirs = trained("bert", peft.LoraConfig(**QV))
+    theirs.merge_adapter()
+    with pytest.raises(AdapterError, match=r"merged into the weights; call unmerge_adapter\(\) first"):
+        adapters.init(theirs)
+    mixed = peft.get_peft_model(bare("bert", None), peft.LoraConfig(target_modules=["query"]), mixed=True)
+    with pytest.raises(AdapterError, match="load the adapters one by one"):
+        adapters.init(mixed)
+
+
+# --- together with others, and what is refused ------------------------------------------------------------------------
+
+
+def test_a_lora_of_peft_and_a_bottleneck_in_one_stack(tmp_path) -> None:
+    """The stack is PEFT's LoRA merged into the weights, with the bottleneck alone on top."""
+    theirs = trained("bert", peft.LoraConfig(**QV))
+    theirs.save_pretrained(tmp_path)
+    model, merged = ours("bert", "SEQ_CLS"), theirs.merge_and_unload()
+    model.load_adapter(tmp_path, load_as="lora")
+    adapters.init(merged)
+    for each in (model, merged):
+        torch.manual_seed(5)
+        each.add_adapter("bottleneck", "double_seq_bn[reduction_factor=2]")
+        disturb(each, "bottleneck")
+    model.set_active_adapters(adapters.Stack("lora", "bottleneck"))
+    merged.set_active_adapters("bottleneck")
+    torch.testing.assert_close(logits(model, "bert"), logits(merged, "bert"), rtol=1e-5, atol=1e-5)
+
+
+def saved(folder: Any, **changes: Any) -> Any:
+    """A folder of a LoRA of PEFT with other options."""
+    trained("bert", peft.LoraConfig(**QV)).save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] cannot be mapped"),
+        ({"use_qalora": True}, "use_qalora=True cannot be mapped"),
+        ({"init_lora_weights": "loftq"}, r"init_lora_weights='loftq' cannot be mapped.*path_initial_model"),
+        ({"peft_type": "ADAPTION_PROMPT"}, "peft_type='ADAPTION_PROMPT' has no counterpart here"),
+        ({"peft_type": "C3A"}, "peft_type='C3A' has no counterpart here"),
+    ],
+)
+def test_what_cannot_be_mapped_is_refused(changes: dict[str, Any], message: str, tmp_path) -> None:
+    model = ours("bert", "SEQ_CLS")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        model.load_adapter(saved(tmp_path, **changes))
+    assert before.keys() == model.state_dict().keys()
+    assert not model.adapters_config.adapters
+
+
+def test_modules_without_a_place_are_named(tmp_path) -> None:
+    model = ours("roberta", None)
+    with pytest.raises(CheckpointError, match=r"target_modules=.* has no place for LORA at 'model.decoder.layers.0"):
+        trained("bart", peft.LoraConfig(target_modules=["fc1"], task_type="SEQ_2_SEQ_LM")).save_pretrained(tmp_path)
+        model.load_adapter(tmp_path)
+
+
+def test_weights_of_the_base_model_are_refused(tmp_path) -> None:
+    trained("bert", peft.LoraConfig(**QV, modules_to_save=["pooler"])).save_pretrained(tmp_path)
+    model = ours("bert", "SEQ_CLS")
+    with pytest.raises(CheckpointError, match=r"modules_to_save=.*'bert.pooler.dense.bias'.* of the base model"):
+        model.load_adapter(tmp_path)
+    assert not model.adapters_config.adapters
+    with pytest.raises(CheckpointError, match=r"leave_out=.* has no meaning for an adapter of PEFT"):
+        model.load_adapter(tmp_path, leave_out=[0])
+
+
+def test_unknown_options_warn(tmp_path) -> None:
+    model = ours("bert", "SEQ_CLS")
+    with pytest.warns(UserWarning, match=r"the options \{'shiny': True\} of PEFT are not known here"):
+        model.load_adapter(saved(tmp_path, shiny=True, dull=None))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("seq_bn", "no counterpart of SeqBnConfig"),
+        ("lora[use_gating=True]", "use_gating=True cannot be mapped"),
+        ("dvora", "no counterpart of DvoRAConfig"),
+        ("mam", "no union of PrefixTuningConfig and ParBnConfig"),
+        ("prefix_tuning", "shift_positions=False cannot be mapped"),
+        ("prompt_tuning", "placement='auto' cannot be mapped"),
+    ],
+)
+def test_what_peft_cannot_express_is_refused(config: str, message: str, tmp_path) -> None:
+    model = ours("bert", "SEQ_CLS")
+    model.add_adapter("x", config)
+    with pytest.raises(CheckpointError, match=message):
+        model.save_adapter(tmp_path, "x", format="peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_have_names(tmp_path) -> None:
+    model = ours("bert", "SEQ_CLS")
+    model.add_adapter("x", "lora")
+    with pytest.raises(CheckpointError, match="there are the formats 'adapters' and 'peft'"):
+        model.save_adapter(tmp_path, "x", format="pefd")
+
+
+# --- ours for PEFT ----------------------------------------------------------------------------------------------------
+
+OWN: dict[str, tuple[str, str | None, Any]] = {
+    "fused": ("gpt2", "CAUSAL_LM", LoRAConfig(r=2, alpha=3, attn_matrices=["q", "v", "o"], output_lora=True)),
+    "fused_bias": ("gpt2", "CAUSAL_LM", LoRAConfig(r=2, attn_matrices=["k"], lora_bias=True, use_rslora=True)),
+    "fused_dora": ("gpt2", "CAUSAL_LM", LoRAConfig(r=2, attn_matrices=["q", "v"], use_dora=True)),
+    "fused_ia3": ("gpt2", "CAUSAL_LM", "ia3"),
+    "ia3": ("llama", "CAUSAL_LM", "ia3"),
+    "pissa": ("bert", "SEQ_CLS", LoRAConfig(r=2, init_weights="pissa", leave_out=[0])),
+    "ranks": ("llama", "CAUSAL_LM", LoRAConfig(r=2, rank_pattern={"0": 3}, alpha_pattern={"q": 5})),
+    "vocabulary": ("llama", "CAUSAL_LM", LoRAConfig(r=2, embedding_lora=True, lm_head_lora=True)),
+    "vera": ("llama", "CAUSAL_LM", adapters.VeraConfig(r=4, alpha=6)),
+    "p_tuning": ("gpt2", "CAUSAL_LM", adapters.PTuningConfig(prompt_length=3, encoder_hidden_size=6)),
+    "prefix": ("llama", "CAUSAL_LM", adapters.PrefixTuningConfig(prefix_length=3, shift_positions=True)),
+    "adalora": ("bert", "SEQ_CLS", adapters.AdaLoRAConfig(init_r=3, target_r=2)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_ours_are_loaded_by_peft(name: str, tmp_path) -> None:
+    architecture, task, configuration = OWN[name]
+    model = ours(architecture, task)
+    model.add_adapter("x", configuration, set_active=True)
+    disturb(model, "x")
+    check_back(model, architecture, task, tmp_path)
+
+
+def test_all_adapters_are_written_for_peft(tmp_path) -> None:
+    model = ours("bert", "SEQ_CLS")
+    for name in ("a", "b"):
+        model.add_adapter(name, "lora[r=2]")
+        disturb(model, name)
+    model.save_all_adapters(tmp_path, format="peft")
+    for name in ("a", "b"):
+        model.set_active_adapters(name)
+        theirs = peft.PeftModel.from_pretrained(bare("bert", "SEQ_CLS"), tmp_path / name).eval()
+        torch.testing.assert_close(logits(theirs, "bert"), logits(model, "bert"), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_peft_becomes_a_named_head(tmp_path) -> None:
+    theirs = trained("bert", peft.LoraConfig(**QV))
+    theirs.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    model = adapters.AutoAdapterModel.from_config(config("bert")).eval()
+    model.base_model.load_state_dict(bare("bert", "SEQ_CLS").bert.state_dict())
+    model.load_adapter(tmp_path, load_as="x", set_active=True)
+    model.active_head = "x"
+    torch.testing.assert_close(logits(model, "bert"), logits(theirs, "bert"), rtol=1e-5, atol=1e-5)
+    model.load_adapter(tmp_path, load_as="y", with_head=False)
+    assert list(model.heads) == ["x"]
+
+
+def test_files_of_bin_format_and_the_default_name(tmp_path) -> None:
+    folder = tmp_path / "my.lora"
+    theirs = trained("bert", peft.LoraConfig(**QV))
+    theirs.save_pretrained(folder, safe_serialization=False)
+    model = ours("bert", "SEQ_CLS")
+    assert model.load_adapter(folder, set_active=True) == "my_lora"
+    torch.testing.assert_close(logits(model, "bert"), logits(theirs, "bert"), rtol=1e-5, atol=1e-5)
+    model.load_adapter(folder)  # over itself
+    torch.testing.assert_close(logits(model, "bert"), logits(theirs, "bert"), rtol=1e-5, atol=1e-5)
+    (native := tmp_path / "native").mkdir()
+    model.save_adapter(native, "my_lora")
+    again = ours("bert", "SEQ_CLS")
+    again.load_adapter(native, set_active=True)
+    torch.testing.assert_close(logits(again, "bert"), logits(theirs, "bert"), rtol=1e-5, atol=1e-5)
