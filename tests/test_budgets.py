@@ -17,6 +17,7 @@ EXCEPTIONS = {"model.py": 600}
 ORDER = ["errors", "configuration", "signals", "composition", "context", "containers", "derived"]
 ORDER += [
     "grouping",
+    "standing_in",
     "evaluation",
     "interfaces",
     "topology",

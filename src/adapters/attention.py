@@ -18,11 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .composition import Setup
+from .context import Kept
 from .errors import AdapterError
 from .evaluation import evaluate
 from .interfaces import PREFIX_LOCATIONS
 from .signals import PrefixSignal
-from .sites import Kept, Place, Site
+from .sites import Place, Site
 from .topology import Anatomy
 
 IMPLEMENTATION = "adapters"
@@ -84,7 +85,7 @@ class AttentionSite(Site):
         for block in anatomy.blocks:
             for core in block.cores:
                 place = Place(block.layer, block.stack, block.path, core.path, core.role)
-                width = core.projections["q"].inputs
+                width = block.width
                 yield cls(place, core.module, core.key_heads, core.head_width, width, own_name)
 
     def attach(self) -> list[RemovableHandle]:

@@ -56,7 +56,7 @@ class BlockSite(Site):
         """Every block."""
         for block in anatomy.blocks:
             place = Place(block.layer, block.stack, block.path, block.path, "block")
-            yield cls(place, block.module, block.cores[0].projections["q"].inputs)
+            yield cls(place, block.module, block.width)
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the block's output."""
@@ -96,7 +96,8 @@ def _counts(forward: Forward, stack: str, rows: int, length: int, device: torch.
         before = forward.positions.to(device).expand(rows, -1)
         padding = pad(before[:, :-1] == before[:, 1:], (0, 1))  # padding has the number of the first token, behind it
         column = past + torch.arange(length, device=device)
-        after = _after(before, before.amax(1, keepdim=True) + 1, column, prompt)
+        given = before if prompt is None else before.masked_fill(column >= prompt, -1)
+        after = _after(before, given.amax(1, keepdim=True) + 1, column, prompt)
         return before.masked_fill(padding, FAR), after.masked_fill(padding, FAR)
     return _without_mask(past, rows, length, prompt, device)
 

@@ -108,6 +108,17 @@ class _State(threading.local):
         self.prompt: int | None = None
 
 
+class Kept(threading.local):
+    """What one hook of a site keeps for the next, per thread; copies and pickles start empty."""
+
+    def __init__(self) -> None:
+        self.residual: Tensor | None = None
+        self.final: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
 state = _State()
 
 

@@ -25,10 +25,7 @@ class Stored:
 
     def put_back(self) -> None:
         """As it was, bit for bit."""
-        if self.weight is not None and self.site.weight is not None:
-            self.site.weight.copy_(self.weight)
-        if self.bias is not None and self.site.bias is not None:
-            self.site.bias.copy_(self.bias)
+        self.site.write(self.weight, self.bias)
 
 
 class Merge:
@@ -106,9 +103,7 @@ class Merge:
         if bias is not None:
             merged_bias = _folded(plan, _wide(bias), lambda name, value: site.adapters[name].merged_bias(value))
         self._stored.append(Stored(site, None if quantised else weight.clone(), None if bias is None else bias.clone()))
-        weight.copy_(merged)
-        if bias is not None and merged_bias is not None:
-            bias.copy_(merged_bias)
+        site.write(merged, merged_bias)
         site.merged = self.names
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from .evaluation import evaluate
 from .interfaces import POSITIONS_FROM_MASK
 from .layouts import TARGETS, Layout, PromptSignal, Target
 from .sites import Place, Site
-from .topology import Anatomy, path_of
+from .topology import Anatomy, input_embeddings, path_of
 
 
 class Kept(threading.local):
@@ -61,7 +61,8 @@ class PromptSite(Site):
         self.parameters = _parameters(stack)
         self.embeddings = _embeddings_module(stack)
         self.placements = [] if self.embeddings is None else ["embeddings"]
-        self.placements += ["tokens"] if "inputs_embeds" in self.parameters else []
+        reads = "inputs_embeds" in self.parameters and isinstance(input_embeddings(stack), nn.Embedding)
+        self.placements += ["tokens"] if reads else []
         self.pooler = stack._modules.get("pooler")
         path = anatomy.blocks[0].path if anatomy.blocks else ""
         trunk = stack._modules.get(path.removeprefix(f"{place.host_path}.").partition(".")[0])
@@ -77,10 +78,11 @@ class PromptSite(Site):
         path = path_of(model, stack)
         if path is None:
             return
-        if "inputs_embeds" in _parameters(stack):
-            width = int(stack.get_input_embeddings().weight.shape[1])
-        elif anatomy.blocks and anatomy.blocks[0].cores and _embeddings_module(stack) is not None:
-            width = anatomy.blocks[0].cores[0].projections["q"].inputs
+        table = input_embeddings(stack)
+        if "inputs_embeds" in _parameters(stack) and isinstance(table, nn.Embedding):
+            width = table.embedding_dim
+        elif anatomy.blocks and _embeddings_module(stack) is not None:
+            width = anatomy.blocks[0].width
         else:
             return
         yield cls(Place(-1, "encoder" if encoder_decoder else "", "", path, ""), stack, anatomy, width)
@@ -188,7 +190,7 @@ class PromptSite(Site):
         _, mask = self._layouts(signals, given, lambda: length)
         if mask is None or (given is not None and given.shape[1] == length):  # made of states without a prompt
             return None
-        self._note(mask)
+        self._note(mask, 0)
         return args, {**kwargs, "encoder_attention_mask": mask}
 
     def on_embedded(
@@ -266,11 +268,14 @@ class PromptSite(Site):
         masked = self.base_model.config.model_type in POSITIONS_FROM_MASK
         return "position_ids" in self.parameters and not self._counts and not masked
 
-    def _note(self, mask: Tensor) -> None:
-        """Let all other sites see the longer mask."""
+    def _note(self, mask: Tensor | None, added: int) -> None:
+        """Let all other sites see the longer mask, and that what ``generate`` was given is longer by `added`."""
         now = state.forward
-        if now is not None and now.sites is self.owner:
-            state.forward = replace(now, masks={**now.masks, self.stack: mask})
+        if now is None or now.sites is not self.owner:
+            return
+        masks = now.masks if mask is None else {**now.masks, self.stack: mask}
+        prompt = None if now.prompt is None else now.prompt + (0 if self.stack else added)
+        state.forward = replace(now, masks=masks, prompt=prompt)
 
     def _lengthened(self, plan: Setup, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs with prompts put in, or, where they are in the cache already, with all that reaches over them."""
@@ -287,7 +292,7 @@ class PromptSite(Site):
         )
         if longer is not None and layouts:
             inputs["attention_mask"] = longer
-            self._note(longer)
+        self._note(longer, added)
         inside = [layout for layout in layouts if layout.target.placement == "tokens"]
         if inside and past:
             inputs |= self._later_positions(inputs, inside, past)

@@ -17,6 +17,7 @@ from .composition import Block, Fuse, Setup, Stack
 from .configuration.base import AdapterConfig
 from .context import START, AdapterSetup, Position, state
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
+from .fused import with_layouts
 from .merging import Merge
 from .method import AdapterModule, methods_of
 from .methods.fusion import AdapterFusionConfig, Fusion
@@ -38,7 +39,7 @@ class SiteMap:
 
         output: the map from hidden states to words, if the model has one outside of `base_model`.
         """
-        self.anatomy = Anatomy(base_model, read_blocks(base_model), output)
+        self.anatomy = Anatomy(base_model, with_layouts(base_model, read_blocks(base_model)), output)
         self.sites: list[Site] = []
         self._read: set[type[Site]] = set()
         self.shared_modules: dict[str, dict[str, nn.Module]] = {}

@@ -7,7 +7,6 @@ a site has adapters.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -23,19 +22,16 @@ from .containers import child, child_dict, remove_child
 from .context import current, state
 from .errors import CompositionError, listing
 from .evaluation import evaluate
-from .grouping import Group
+from .grouping import Group, Groups
 from .quantised import dequantised, is_quantised
 from .signals import LinearSignal, Signal
-from .topology import Anatomy, is_plain, linear_roles
+from .standing_in import StandIn
+from .topology import Anatomy, Linear, is_plain, linear_roles
 
 if TYPE_CHECKING:
     from .method import AdapterModule
 
 S = TypeVar("S", bound=Signal)
-
-
-GROUPS = 64
-"""Of so many setups the groups are kept at a site."""
 
 
 class SiteOwner(Protocol):
@@ -83,7 +79,7 @@ class Site:
         """Note the place; nothing is registered or hooked before the first adapter."""
         self.place, self.host = place, host
         self.adapters: dict[str, AdapterModule[Any]] = {}
-        self._groups: dict[int, tuple[Block, Group | None]] = {}
+        self._groups = Groups()
         self.merged: frozenset[str] = frozenset()
         self.index = -1
         self.owner: SiteOwner
@@ -147,6 +143,12 @@ class Site:
         """The same for a bias; None if there is none."""
         return None
 
+    def write(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Make these the weight and the bias."""
+        for own, value in ((self.weight, weight), (self.bias, bias)):
+            if own is not None and value is not None:
+                own.copy_(value)
+
     def is_current(self, base_model: Any) -> bool:
         """Whether the host is still where it was found."""
         module = base_model
@@ -165,13 +167,13 @@ class Site:
         vars(module).update(known)  # nn.Module's own way is slow
         self._register(module.container, name, module)
         self.adapters[name] = module
-        self._groups = {}
+        self._groups = Groups()
         self._hook()
 
     def drop(self, name: str) -> None:
         """Remove an adapter, and with the last one the hooks and all that was registered."""
         module = self.adapters.pop(name)
-        self._groups = {}
+        self._groups = Groups()
         self._unregister(module.container, name)
         self._unhook()
 
@@ -243,15 +245,7 @@ class Site:
 
     def group(self, tree: Block) -> Group | None:
         """The modules of the children of `tree`, if they can be computed in one call."""
-        known = self._groups.get(id(tree))
-        if known is None or known[0] is not tree:
-            found = None
-            if not any(isinstance(child, Block) for child in tree.children):
-                found = Group.of([None if child is None else self.adapters.get(str(child)) for child in tree.children])
-            if len(self._groups) >= GROUPS:
-                self._groups = {}
-            known = self._groups[id(tree)] = (tree, found)
-        return known[1]
+        return self._groups.of(tree, self.adapters)
 
     def fuse(self, tree: Fuse, signal: S) -> S:
         """AdapterFusion of the children."""
@@ -293,14 +287,14 @@ class LinearSite(Site):
         "other": "target_modules",
     }
 
-    def __init__(
-        self, place: Place, host: nn.Module, inputs: int, outputs: int, start: int = 0, source: str | None = None
-    ) -> None:
-        """inputs, outputs: the map's widths; start: its first output in a fused one; source: the stack of its input."""
-        super().__init__(place, host)
-        self.inputs, self.outputs, self.start = inputs, outputs, start
+    def __init__(self, place: Place, found: Linear, source: str | None = None) -> None:
+        """source: the stack of the map's input, if it is another than the map's own."""
+        super().__init__(place, found.module)
+        self.inputs, self.outputs, self.start = found.inputs, found.outputs, found.start
+        self.rows = found.rows
         self.holder = place.part or place.outside.replace(".", "_")
         self.source = place.stack if source is None else source
+        self._stand_in = StandIn(self)
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Self]:
@@ -308,7 +302,7 @@ class LinearSite(Site):
         for block, found, role, source in linear_roles(anatomy):
             where = (-1, "", "") if block is None else (block.layer, block.stack, block.path)
             place = Place(*where, found.path, role, found.part)
-            yield cls(place, found.module, found.inputs, found.outputs, found.start, source)
+            yield cls(place, found, source)
         yield from cls.find_outside(anatomy)
 
     @classmethod
@@ -317,7 +311,7 @@ class LinearSite(Site):
         for found in anatomy.outside:
             if found.module is not anatomy.output:
                 place = Place(-1, "", "", "", "other", outside=found.path)
-                yield cls(place, found.module, found.inputs, found.outputs)
+                yield cls(place, found)
 
     @property
     def root(self) -> tuple[str, nn.Module]:
@@ -332,12 +326,12 @@ class LinearSite(Site):
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in): a view of the host's parameter, whichever way round that is, or a copy of a quantised one."""
+        """W (out, in): a view of the host's parameter; a copy of a quantised one, and of outputs that alternate."""
         if is_quantised(self.host):
-            return dequantised(self.host)[self.start : self.start + self.outputs]
+            return dequantised(self.host)[self.rows]
         weight: Tensor = self.host.weight  # type: ignore[assignment]
         weight = weight if is_plain(self.host) else weight.T
-        return weight[self.start : self.start + self.outputs]
+        return weight[self.rows]
 
     @property
     def stored(self) -> Tensor:
@@ -349,7 +343,14 @@ class LinearSite(Site):
     def bias(self) -> Tensor | None:
         """(out,) a view of the host's bias."""
         bias: Any = self.host.bias
-        return None if bias is None else bias[self.start : self.start + self.outputs]
+        return None if bias is None else bias[self.rows]
+
+    def write(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Make these W and the bias."""
+        host: Any = self.host
+        for own, value in ((host.weight if is_plain(host) else host.weight.T, weight), (host.bias, bias)):
+            if value is not None:
+                own[self.rows] = value.to(own.dtype)
 
     def map(self, x: Tensor) -> Tensor:
         """W x, without bias, for any x (…, in)."""
@@ -360,10 +361,16 @@ class LinearSite(Site):
         return [self.host.register_forward_hook(self.on_output, prepend=True)]
 
     def put(self, name: str, module: AdapterModule[Any]) -> None:
-        """Take in an adapter; the first that has an input of its own for the map needs one more hook."""
+        """Take in an adapter; the first that has an input or a weight of its own for the map needs more than a hook."""
         super().put(name, module)
+        if module.changes_weight and not self.part:
+            self._stand_in.attach()
         if module.transforms_input and not self.part and len(self._handles) == 1:
             self._handles.append(self.host.register_forward_pre_hook(self.on_input, prepend=True))
+
+    def detach(self) -> None:
+        """Give the host its forward back."""
+        self._stand_in.detach()
 
     def on_input(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The map is given what the adapter makes of x, where one acts alone: Wx itself is then not needed."""
@@ -375,24 +382,14 @@ class LinearSite(Site):
     def on_output(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Wx becomes what the adapters make of it."""
         plan = self.plan()
-        if plan is None:
+        if plan is None or self._stand_in.acts(plan, args[0]):
             return None
         owned = isinstance(plan, str) and not (torch.is_grad_enabled() or host.training)
         if not self.part:
             transformed = isinstance(plan, str) and self.adapters[plan].transforms_input
             return evaluate(plan, LinearSignal(None, args[0], output, owned, transformed), self).output
-        stop = self.start + self.outputs
-        own = output[..., self.start : stop]
+        own = output[..., self.rows]
         part = evaluate(plan, LinearSignal(None, args[0], own, owned), self).output
-        return output if part is own else torch.slice_scatter(output, part, -1, self.start, stop)
-
-
-class Kept(threading.local):
-    """What one hook of a sub-layer keeps for the next, per thread; copies and pickles start empty."""
-
-    def __init__(self) -> None:
-        self.residual: Tensor | None = None
-        self.final: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        return Kept, ()
+        if isinstance(self.rows, Tensor):
+            return output.index_copy(-1, self.rows.to(output.device), part)
+        return output if part is own else torch.slice_scatter(output, part, -1, self.rows.start, self.rows.stop)

@@ -45,7 +45,7 @@ class EmbeddingSite(Site):
         if not anatomy.blocks:
             return
         model, block = anatomy.base_model, anatomy.blocks[0]
-        width = block.cores[0].projections["q"].inputs
+        width = block.width
         found = _embeddings_module(anatomy)
         path, host = (block.path, block.module) if found is None else found
         if found is not None:

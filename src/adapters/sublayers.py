@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .composition import Fuse
+from .context import Kept
 from .evaluation import evaluate
 from .signals import Signal, SublayerSignal
-from .sites import Kept, Place, Site
+from .sites import Place, Site
 from .topology import Anatomy
 from .trace import Sublayer, trace_sublayers
 
@@ -47,8 +48,8 @@ class SublayerSite(Site):
         found = trace_sublayers(anatomy.base_model, anatomy.blocks)
         for block in anatomy.blocks:
             for role, sublayer in found.get(block.path, {}).items():
-                width = block.cores[0].projections["q"].inputs
-                yield cls(Place(block.layer, block.stack, block.path, block.path, role), block.module, sublayer, width)
+                place = Place(block.layer, block.stack, block.path, block.path, role)
+                yield cls(place, block.module, sublayer, sublayer.width)
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the sub-layer's entry, exit and norm."""
@@ -74,13 +75,30 @@ class SublayerSite(Site):
             return None
         self._kept.residual = None
         item = self.sublayer.item
-        hidden = output if item is None else output[item]
+        given = output if item is None else output[item]
+        hidden, residual = self._in_order(given, residual)
         signal = evaluate(plan, SublayerSignal(None, hidden, residual), self)
         hidden = signal.hidden
         if signal.final is not None:
             hidden = torch.where(signal.final, hidden - residual, hidden)
-            self._kept.final = signal.final
+            self._kept.final = self._moved_back(signal.final)
+        hidden = self._moved_back(hidden).reshape(given.shape)
         return hidden if item is None else (*output[:item], hidden, *output[item + 1 :])
+
+    def _in_order(self, given: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What the exit gives, and the residual stream, with the batch in front and the width at the end."""
+        rows, channels = self.sublayer.rows, self.sublayer.channels
+        if rows < 0:  # rows and positions are one
+            return given.reshape(residual.shape), residual
+        residual = residual.reshape(given.shape)
+        if rows or channels != -1:
+            given, residual = (part.movedim((rows, channels), (0, -1)) for part in (given, residual))
+        return given, residual
+
+    def _moved_back(self, values: Tensor) -> Tensor:
+        """Values (b, …, n) with the dimensions where the model has them."""
+        rows, channels = self.sublayer.rows, self.sublayer.channels
+        return values.movedim((0, -1), (rows, channels)) if rows > 0 or (rows == 0 and channels != -1) else values
 
     def on_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Where the adapter's output is final the norm is passed by."""

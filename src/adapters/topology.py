@@ -9,31 +9,44 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .containers import AdapterDict
 from .interfaces import SWAPPED_FEED_FORWARD
 
-SEPARATE = {
-    "q": {"q_proj", "query", "q", "q_lin", "linear_q", "query_proj"},
-    "k": {"k_proj", "key", "k", "k_lin", "linear_k", "key_proj"},
-    "v": {"v_proj", "value", "v", "v_lin", "linear_v", "value_proj"},
+_AROUND = r"(w|to_?|linear_|in_proj_|projection_)?(%s)(_b)?(_proj|_lin|_linear|_layer|_head|_projection|s)?"
+NAMES: dict[tuple[str, ...], re.Pattern[str]] = {
+    parts: re.compile(_AROUND % names, re.IGNORECASE)
+    for parts, names in {
+        ("q",): "q|query|q_attn",
+        ("k",): "k|key",
+        ("v",): "v|value",
+        ("k", "v"): "kv|key_value",
+        ("q", "k", "v"): "qkv|query_key_value|c_attn|att_proj|in_proj|queries_keys_value",
+    }.items()
 }
-FUSED = "c_attn"
-QUERY_BESIDE_FUSED = "q_attn"
-OUTPUTS = {"o_proj", "out_proj", "dense", "o", "out_lin", "c_proj", "proj", "linear_out", "wo", "Wo", "to_out"}
+"""What projections are called, by the parts that they give; the case does not matter."""
+CROSSES = re.compile(r"cross|enc_?dec|encoder_attn|encoder_decoder", re.IGNORECASE)
+OUTPUTS = {"o_proj", "out_proj", "dense", "o", "out_lin", "c_proj", "proj", "linear_out", "wo", "to_out", "projection"}
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map, or the slice [start, start + outputs) of the outputs of a fused one."""
+    """A linear map, or a slice of the outputs of a fused one, which may alternate with others.
+
+    The outputs of the whole are `groups` equal runs; of each the slice has those from `start` on, `outputs` in all.
+    """
 
     path: str
     module: nn.Module
@@ -41,6 +54,19 @@ class Linear:
     outputs: int
     start: int = 0
     part: str = ""
+    groups: int = 1
+
+    @property
+    def rows(self) -> slice | Tensor:
+        """The outputs of the whole that are the slice's."""
+        if self.groups == 1:
+            return slice(self.start, self.start + self.outputs)
+        run, period = (
+            self.outputs // self.groups,
+            self.module.get_parameter("weight").numel() // self.inputs // self.groups,
+        )
+        starts = self.start + period * torch.arange(self.groups)
+        return (starts[:, None] + torch.arange(run)).flatten()
 
 
 @dataclass(frozen=True)
@@ -61,14 +87,20 @@ class Core:
 
 @dataclass(frozen=True)
 class Block:
-    """A repeated layer of the model. feed_forward: its "intermediate" and "output" projections."""
+    """A repeated layer of the model.
+
+    width: d of the hidden states; feed_forward: its "intermediate" and "output" projections; mixer: where there is no
+    attention, the maps from the width ("v") and back to it ("o") of what stands in its place.
+    """
 
     path: str
     module: nn.Module
     layer: int
     stack: str
+    width: int
     cores: tuple[Core, ...]
     feed_forward: dict[str, Linear]
+    mixer: tuple[tuple[str, Linear], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,17 +124,20 @@ class Anatomy:
 
 def read_blocks(base_model: nn.Module) -> list[Block]:
     """The blocks of a model in module order, numbered as 1.x numbers layers."""
-    model_type = getattr(base_model.config, "model_type", "")
-    encoder_decoder = bool(getattr(base_model.config, "is_encoder_decoder", False))
+    config = base_model.config
+    swapped = getattr(config, "model_type", "") in SWAPPED_FEED_FORWARD
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     blocks = []
     for layer, (path, module) in enumerate(_repeated(base_model)):
         linears = _linears(module, path)
-        cores = tuple(_cores(module, path, base_model.config, linears))
+        width = _width(module, linears)
+        cores = tuple(_cores(module, path, config, linears, width))
         attention = {linear.path for core in cores for linear in core.projections.values()}
         rest = [linear for linear in linears if linear.path not in attention]
         stack = "" if not encoder_decoder else "decoder" if "decoder" in path.split(".") else "encoder"
-        feed_forward = _feed_forward(rest, cores, model_type in SWAPPED_FEED_FORWARD)
-        blocks.append(Block(path, module, layer, stack, cores, feed_forward))
+        feed_forward = _feed_forward(rest, width, swapped)
+        mixer = () if cores else tuple(_mixer(rest, width, feed_forward))
+        blocks.append(Block(path, module, layer, stack, width, cores, feed_forward, mixer))
     return blocks
 
 
@@ -151,7 +186,7 @@ def linear_roles(anatomy: Anatomy) -> Iterator[tuple[Block | None, Linear, str, 
                 across = core.role == "cross_attention" and role in ("k", "v")
                 yield block, found, role, "encoder" if across else block.stack
                 taken |= set() if found.part else {found.module}
-        for role, found in block.feed_forward.items():
+        for role, found in (*block.mixer, *block.feed_forward.items()):
             yield block, found, role, block.stack
             taken.add(found.module)
     for found in linear_maps(anatomy.base_model):
@@ -183,37 +218,70 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
+    """The blocks, by path: in the innermost lists of equal modules that all attend, and in lists of which some do.
+
+    In a model without attention, the innermost lists of modules that hold more than one linear map.
+    """
     lists = {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    }
-    fitting = {
         path: module
-        for path, module in lists.items()
-        if len({type(child) for child in module}) == 1 and all(_has_core(child) for child in module)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
     }
-    for path, module in fitting.items():
-        if not any(other.startswith(f"{path}.") for other in fitting):
-            found += [(f"{path}.{name}", child) for name, child in module.named_children()]
-    return found
+    attends = {path: [_has_core(child) for child in module] for path, module in lists.items()}
+    equal = [
+        path
+        for path, module in lists.items()
+        if isinstance(module, nn.ModuleList) and all(attends[path]) and len({type(child) for child in module}) == 1
+    ]
+    chosen = [path for path in equal if not any(other.startswith(f"{path}.") for other in equal)]
+    mixed = [path for path in lists if any(attends[path]) and all(_is_block(child) for child in lists[path])]
+    for path in mixed:  # the outermost comes first
+        if not any(path.startswith(f"{other}.") or other.startswith(f"{path}.") or path == other for other in chosen):
+            chosen.append(path)
+    if not chosen:
+        plain = [path for path, module in lists.items() if all(_is_block(child) for child in module)]
+        chosen = [path for path in plain if not any(other.startswith(f"{path}.") for other in plain)]
+    return [
+        (f"{path}.{name}", child)
+        for path, module in lists.items()
+        if path in chosen
+        for name, child in module.named_children()
+    ]
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module holds two linear maps, and is no list or sequence itself."""
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    return sum(linear_shape(child) is not None for child in module.modules()) > 1
 
 
 def _has_core(module: nn.Module) -> bool:
     return any(_core_parts(child) for child in module.modules())
 
 
+@functools.cache
+def _parts_of(name: str) -> tuple[str, ...]:
+    return next((parts for parts, pattern in NAMES.items() if pattern.fullmatch(name)), ())
+
+
 def _core_parts(module: nn.Module) -> dict[str, str]:
-    """The names of the children that project to q, k and v; one name for all three if they are fused."""
-    names = [name for name, child in module.named_children() if linear_shape(child)]
-    parts = {part: name for part, known in SEPARATE.items() for name in names if name in known}
-    if len(parts) == len(SEPARATE):
-        return parts
-    if FUSED not in names:
-        return {}
-    if QUERY_BESIDE_FUSED in names:
-        return {"q": QUERY_BESIDE_FUSED, "k": FUSED, "v": FUSED}
-    inputs, outputs = linear_shape(module.get_submodule(FUSED)) or (0, 0)
-    return dict.fromkeys(SEPARATE, FUSED) if outputs == 3 * inputs else {}
+    """The names of the children that project to q, k and v: three, two, or one for all of them."""
+    known = {name: _parts_of(name) for name in module._modules}
+    known = {name: parts for name, parts in known.items() if parts and linear_shape(module._modules[name])}  # type: ignore[arg-type]
+    found: dict[str, str] = {}
+    for name in sorted(known, key=lambda name: len(known[name])):
+        for part in known[name]:
+            found.setdefault(part, name)
+    return found if len(found) == len("qkv") and _attends(module, found) else {}
+
+
+def _attends(module: nn.Module, parts: dict[str, str]) -> bool:
+    """State-space and convolution mixers have an in_proj too; theirs is followed by a convolution."""
+    if "in_proj" not in parts.values():
+        return True
+    inputs, outputs = linear_shape(module.get_submodule("in_proj")) or (0, 0)
+    return outputs == 3 * inputs and not any("conv" in name for name in module._modules)
 
 
 def _linears(block: nn.Module, path: str) -> list[Linear]:
@@ -221,50 +289,65 @@ def _linears(block: nn.Module, path: str) -> list[Linear]:
     return [Linear(f"{path}.{name}", child, *shape) for name, child, shape in shapes if shape]
 
 
-def _cores(block: nn.Module, path: str, config: object, linears: list[Linear]) -> Iterator[Core]:
+def _width(block: nn.Module, linears: list[Linear]) -> int:
+    """d: of the sizes of the block's norms that some maps are given and some give, the one that most do."""
+    given, made = Counter(linear.inputs for linear in linears), Counter(linear.outputs for linear in linears)
+    weights = (child._parameters.get("weight") for child in block.modules() if "norm" in type(child).__name__.lower())
+    normed = {weight.shape[0] for weight in weights if weight is not None and weight.dim() == 1}
+    both = given.keys() & made.keys()
+    return max(both & normed or both or given, key=lambda size: given[size] + made[size], default=0)
+
+
+def _cores(block: nn.Module, path: str, config: object, linears: list[Linear], width: int) -> Iterator[Core]:
     by_path = {linear.path: linear for linear in linears}
     order = list(by_path)
-    roles = iter(("self_attention", "cross_attention"))
+    seen = False
     for name, module in block.named_modules():
         parts = _core_parts(module)
         if not parts:
             continue
         core_path = f"{path}.{name}" if name else path
-        projections = {part: by_path[f"{core_path}.{child}"] for part, child in parts.items()}
-        fused = [part for part, child in parts.items() if child == FUSED]
-        for position, part in enumerate(fused):
-            projections[part] = _slice(projections[part], part, position, len(fused))
+        projections = {part: by_path[f"{core_path}.{parts[part]}"] for part in "qkv"}
         last = max(order.index(linear.path) for linear in projections.values())
-        width = projections["q"].inputs
-        after = [by_path[other] for other in order[last + 1 :]]
-        output = next((linear for linear in after if _gives_output(linear, width, projections["q"].outputs)), None)
+        for child in dict.fromkeys(parts.values()):
+            fused = [part for part in "qkv" if parts[part] == child]
+            for position, part in enumerate(fused):
+                if len(fused) > 1:
+                    projections[part] = _slice(projections[part], part, position, len(fused))
+        own = [other for other in order if other.startswith(f"{core_path}.") and other not in order[last:]]
+        others = [by_path[other] for other in (*order[last + 1 :], *own)]
+        output = next((linear for linear in others if _gives_output(linear, width, projections["v"].outputs)), None)
         if output is not None:
             projections["o"] = output
-        yield Core(
-            core_path, module, next(roles, "cross_attention"), projections, _head_width(module, config, projections)
-        )
+        across = seen or bool(CROSSES.search(core_path.removeprefix(path)) or CROSSES.search(type(block).__name__))
+        role, seen = "cross_attention" if across else "self_attention", True
+        yield Core(core_path, module, role, projections, _head_width(module, config, projections))
 
 
 def _slice(fused: Linear, part: str, position: int, parts: int) -> Linear:
+    """One of equal thirds or halves: what is usual, until it is measured."""
     width = fused.outputs // parts
     return Linear(fused.path, fused.module, fused.inputs, width, position * width, part)
 
 
-def _gives_output(linear: Linear, width: int, heads: int) -> bool:
-    return linear.path.rsplit(".", 1)[-1] in OUTPUTS and (linear.inputs, linear.outputs) == (heads, width)
+def _gives_output(linear: Linear, width: int, values: int) -> bool:
+    """Whether a map after the core brings the heads' values, or a multiple of them, back to the width."""
+    name = linear.path.rsplit(".", 1)[-1].lower()
+    return name in OUTPUTS and linear.outputs == width and linear.inputs % values == 0
 
 
 def _head_width(module: nn.Module, config: object, projections: dict[str, Linear]) -> int:
     for name in HEAD_WIDTHS:
         if isinstance(width := getattr(module, name, None), int):
             return width
-    heads = getattr(config, "num_attention_heads", 1)
+    heads = next((value for name in HEAD_COUNTS if isinstance(value := getattr(module, name, None), int)), None)
+    if heads is None:
+        heads = getattr(getattr(module, "config", config), "num_attention_heads", 1)
     return projections["q"].outputs // int(heads)
 
 
-def _feed_forward(rest: list[Linear], cores: tuple[Core, ...], swapped: bool) -> dict[str, Linear]:
+def _feed_forward(rest: list[Linear], width: int, swapped: bool) -> dict[str, Linear]:
     """The pair of maps from the width to an inner one and back; of several pairs the one with the widest inside."""
-    width = cores[0].projections["q"].inputs if cores else 0
     pairs = [
         (first, second)
         for first, second in pairwise(rest)
@@ -276,3 +359,11 @@ def _feed_forward(rest: list[Linear], cores: tuple[Core, ...], swapped: bool) ->
         return {}
     names = ("output", "intermediate") if swapped else ("intermediate", "output")
     return dict(zip(names, found[0], strict=True))
+
+
+def _mixer(rest: list[Linear], width: int, feed_forward: dict[str, Linear]) -> Iterator[tuple[str, Linear]]:
+    """What stands in the place of an attention's projections: maps from the width are "v", those back to it "o"."""
+    beside = {linear.path.rpartition(".")[0] for linear in feed_forward.values()}
+    for linear in rest:
+        if linear.path.rpartition(".")[0] not in beside and width in (linear.inputs, linear.outputs):
+            yield "v" if linear.inputs == width else "o", linear

@@ -1,16 +1,15 @@
 """Finds where sub-layers begin and end, by watching one forward pass; no name of any architecture is needed.
 
-A residual add is ``r + h`` where h comes out of modules that were given r. The *exit* is the outermost module whose
-output is h, the *entry* the first one that is given r. If a norm is given r on the way, the model is pre-norm; if not,
-the norm that is given ``r + h`` belongs to the sub-layer. The pass runs on meta tensors, so its cost does not depend on
-the size of the weights.
+A residual add is ``r + h`` where r is an ancestor of h. The *exit* is the outermost module whose output is h, up to
+casts, views and scales; the *entry* the first module that is given r. If a norm is given r on the way, the model is
+pre-norm; if not, the norm that is given ``r + h`` belongs to the sub-layer. ``r + (a + m)`` and ``(r + a) + m`` are two
+sub-layers side by side. The pass runs on meta tensors, so its cost does not depend on the size of the weights.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +18,28 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from .context import AdapterSetup
 from .errors import AdapterError
-from .quantised import is_quantised
-from .topology import Block, linear_shape
+from .quantised import shapes_alone
+from .samples import ROWS, Sample
+from .topology import Block
 
-PASS_THROUGH = {"dropout", "to", "type", "type_as", "float", "contiguous", "reshape", "view", "clone"}
-ANSWERS = {"__bool__": True, "__contains__": False}
+PASS_THROUGH = {"dropout", "to", "type", "type_as", "float", "contiguous", "reshape", "view", "clone", "flatten"}
+PASS_THROUGH |= {
+    "mul",
+    "__mul__",
+    "__rmul__",
+    "mul_",
+    "__imul__",
+    "div",
+    "__truediv__",
+    "unflatten",
+    "unsqueeze",
+    "squeeze",
+}
+ANSWERS = {"__bool__": True, "__contains__": False, "equal": True}
 """What models ask of a tensor without data: is the whole mask seen (yes), is there a padding token (no)."""
 ADDS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
@@ -36,7 +49,8 @@ class Sublayer:
     """A sub-layer in terms of modules.
 
     entry: its first module that is given the residual stream r, as argument `argument`; exit: the module whose output
-    (item `item` of it, if it is a tuple) is added to r; norm: the norm of that sum, None in a pre-norm model.
+    (item `item` of it, if it is a tuple) is added to r; norm: the norm of that sum, None in a pre-norm model; width: d;
+    rows, channels: the dimensions of the batch and of d in what the exit gives, or -1 where rows and positions are one.
     """
 
     entry: nn.Module
@@ -44,6 +58,9 @@ class Sublayer:
     exit: nn.Module
     item: int | None
     norm: nn.Module | None
+    width: int = 0
+    rows: int = 0
+    channels: int = -1
 
 
 @dataclass
@@ -55,6 +72,7 @@ class Call:
     inputs: dict[int | str, int]
     end: int = 0
     outputs: dict[int | None, int] = field(default_factory=dict)
+    given: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -66,16 +84,23 @@ class Add:
     result: int
 
 
-class Watcher(TorchFunctionMode):
-    """Notes every call of a module and every addition, with one clock for both."""
+Produced = Mapping[int, tuple[Call, int | None]]
+Sums = dict[int, tuple[int, tuple[int, ...]]]
 
-    def __init__(self) -> None:
+
+class Watcher(TorchFunctionMode):
+    """Notes every call of a module, every addition, and which tensor was made of which, with one clock for all."""
+
+    def __init__(self, keep: Collection[nn.Module] = ()) -> None:
+        """keep: the modules whose arguments are to be kept as they are."""
         super().__init__()
+        self.keep = keep
         self.calls: list[Call] = []
         self.adds: list[Add] = []
         self.sources: dict[int, int] = {}
         self.born: dict[int, int] = {}
-        self._alive: list[Tensor] = []
+        self.parents: dict[int, set[int]] = {}
+        self.alive: dict[int, Tensor] = {}
         self._open: list[Call] = []
         self._clock = 0
 
@@ -88,36 +113,60 @@ class Watcher(TorchFunctionMode):
         """The identity of a tensor, which is kept alive so that no other can take it."""
         if id(tensor) not in self.born:
             self.born[id(tensor)] = self._clock
-            self._alive.append(tensor)
+            self.alive[id(tensor)] = tensor
         return id(tensor)
 
     def source(self, tensor: int) -> int:
-        """The tensor that `tensor` is a copy of, up to dropout, casts and views."""
+        """The tensor that `tensor` is a copy of, up to dropout, casts, views and scales."""
         while tensor in self.sources:
             tensor = self.sources[tensor]
         return tensor
+
+    def ancestors(self, tensor: int, since: int) -> set[int]:
+        """The tensors that `tensor` was made of, back to those that are older than `since`."""
+        found: set[int] = set()
+        open_ends = [tensor]
+        while open_ends:
+            for parent in self.parents.get(open_ends.pop(), ()):
+                if parent not in found:
+                    found.add(parent)
+                    if self.born[parent] >= since:
+                        open_ends.append(parent)
+        return found
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func` and note what it did."""
         name = getattr(func, "__name__", "")
-        if name in ANSWERS and args[0].is_meta:
+        if name in ANSWERS and any(given.is_meta for given in _tensors(args)):
             return ANSWERS[name]
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
-            if name in ADDS and len(args) > 1 and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
-                terms = (self.note(args[0]), self.note(args[1]))
-                self.adds.append(Add(self.tick(), terms, self.note(result)))
-            elif name in PASS_THROUGH and result is not args[0] and result.numel() == args[0].numel():
-                self.sources[self.note(result)] = self.note(args[0])
+        made = [self.note(tensor) for tensor in _tensors([result])]
+        if made:
+            given = {self.note(tensor) for tensor in _tensors((*args, *(kwargs or {}).values()))}
+            if not (name in ADDS and made[0] in given):  # in place: it stays what it was before
+                for tensor in made:
+                    self.parents.setdefault(tensor, set()).update(given - {tensor})
+            self._note_kind(name, args, result)
         return result
+
+    def _note_kind(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        if not isinstance(result, Tensor) or not args or not isinstance(args[0], Tensor):
+            return
+        first, second = args[0], args[1] if len(args) > 1 else None
+        if name in ADDS and isinstance(second, Tensor) and first.shape == second.shape:
+            self.adds.append(Add(self.tick(), (self.note(first), self.note(second)), self.note(result)))
+        elif name in PASS_THROUGH and result is not first and result.numel() == first.numel():
+            kept = second if isinstance(second, Tensor) and second.dim() > first.dim() else first
+            if not (isinstance(second, Tensor) and second.dim() == first.dim() and second.numel() == first.numel()):
+                self.sources[self.note(result)] = self.note(kept)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called."""
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         inputs = {key: self.note(value) for key, value in given if isinstance(value, Tensor)}
-        call = Call(module, self.tick(), inputs)
+        call = Call(module, self.tick(), inputs, given=(args, kwargs) if module in self.keep else ())
         self.calls.append(call)
         self._open.append(call)
 
@@ -129,47 +178,80 @@ class Watcher(TorchFunctionMode):
         call.outputs = {item: self.note(value) for item, value in given.items() if isinstance(value, Tensor)}
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
 def trace_sublayers(base_model: nn.Module, blocks: list[Block]) -> dict[str, dict[str, Sublayer]]:
-    """For every block path, its sub-layers by role: "self_attention", "cross_attention", "feed_forward"."""
-    watcher = _watch_or_refuse(base_model, blocks)
-    first_calls: dict[nn.Module, Call] = {}
-    for call in watcher.calls:
-        first_calls.setdefault(call.module, call)
-    return {
-        block.path: dict(_sublayers(watcher, block, first_calls[block.module]))
-        for block in blocks
-        if block.module in first_calls
-    }
+    """For every block path, its sub-layers by role: "self_attention", "cross_attention", "feed_forward".
 
-
-def _watch_or_refuse(base_model: nn.Module, blocks: list[Block]) -> Watcher:
-    try:
-        return _watch(base_model, blocks)
-    except Exception as error:
+    Raises:
+        AdapterError: no block can be run.
+    """
+    found: dict[str, dict[str, Sublayer]] = {}
+    reason: Exception | None = None
+    for part in _parts(base_model, blocks):
+        missing = [block for block in blocks if block.path not in found and block.module in set(part.modules())]
+        if not missing:
+            continue
+        watcher = Watcher()
+        try:
+            watch(watcher, part, missing)
+        except Exception as error:
+            reason = reason or error
+        found |= {block.path: _of_block(watcher, block) for block in missing if _call_of(watcher, block)}
+    if reason is not None and not found:
         raise AdapterError(
             f"add_adapter: where the sub-layers of {type(base_model).__name__} begin and end could not be read, since "
-            f"a pass on the smallest input failed: {error}; use LoRA or prefix tuning for this model."
-        ) from error
+            f"a pass on the smallest input failed: {reason}; use LoRA for this model."
+        ) from reason
+    return found
 
 
-def _watch(base_model: nn.Module, blocks: list[Block]) -> Watcher:
-    tensors = {**dict(base_model.named_parameters()), **dict(base_model.named_buffers())}
+def _parts(base_model: nn.Module, blocks: list[Block]) -> Iterator[nn.Module]:
+    """The model, and for what it cannot reach the models inside it that hold blocks, from large to small."""
+    yield base_model
+    for module in base_model.modules():
+        if module is not base_model and isinstance(module, PreTrainedModel):
+            yield module
+
+
+def _call_of(watcher: Watcher, block: Block) -> Call | None:
+    """The first call of a block that came to its end."""
+    return next((call for call in watcher.calls if call.module is block.module and call.end), None)
+
+
+def _of_block(watcher: Watcher, block: Block) -> dict[str, Sublayer]:
+    """The sub-layers by role; in a block without attention what comes first, and is not all, stands in its place."""
+    whole = _call_of(watcher, block)
+    found = [] if whole is None else list(_sublayers(watcher, block, whole))
+    if not block.cores and len(found) > 1:
+        found[0] = "self_attention", found[0][1]
+    return dict(found)
+
+
+def watch(watcher: Watcher, model: nn.Module, blocks: list[Block]) -> None:
+    """Let `watcher` see one pass of a model."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     cross = any(core.role == "cross_attention" for block in blocks for core in block.cores)
     try:
-        inputs = _inputs(base_model, torch.device("meta"), cross)
-        return _run(base_model, lambda: functional_call(base_model, meta, (), inputs))
+        inputs = _inputs(model, torch.device("meta"), cross)
+        _run(watcher, model, lambda: functional_call(model, meta, (), inputs))
     except (NotImplementedError, RuntimeError):  # an operator has no meta form: the real weights, on a tiny input
-        inputs = _inputs(base_model, next(base_model.parameters()).device, cross)
-        return _run(base_model, lambda: base_model(**inputs))
+        watcher.__init__(watcher.keep)  # type: ignore[misc]
+        inputs = _inputs(model, next(model.parameters()).device, cross)
+        _run(watcher, model, lambda: model(**inputs))
 
 
-def _run(base_model: nn.Module, call: Callable[[], Any]) -> Watcher:
-    watcher = Watcher()
+def _run(watcher: Watcher, base_model: nn.Module, call: Callable[[], Any]) -> None:
     hooked = _hooked(base_model, watcher)
-    with torch.no_grad(), AdapterSetup(None), _evaluating(base_model), hooked, _shapes_alone(base_model), watcher:
+    with torch.no_grad(), AdapterSetup(None), _evaluating(base_model), hooked, shapes_alone(base_model), watcher:
         call()
-    return watcher
 
 
 @contextmanager
@@ -191,23 +273,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _shapes_alone(model: nn.Module) -> Iterator[None]:
-    """Quantised maps, which have no meta form, give tensors of the right shape."""
-    maps = [module for module in model.modules() if is_quantised(module)]
-    own = [vars(module).get("forward") for module in maps]
-    for module in maps:
-        _, outputs = linear_shape(module) or (0, 0)
-        vars(module)["forward"] = lambda x, outputs=outputs: x.new_zeros(*x.shape[:-1], outputs)
-    try:
-        yield
-    finally:
-        for module, forward in zip(maps, own, strict=True):
-            vars(module).pop("forward")
-            if forward is not None:  # a wrapper's, such as accelerate's
-                vars(module)["forward"] = forward
-
-
-@contextmanager
 def _hooked(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     handles = []
     for module in model.modules():
@@ -222,23 +287,12 @@ def _hooked(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
 def _inputs(model: nn.Module, device: torch.device, cross: bool) -> dict[str, Any]:
     """The smallest inputs that the model runs on."""
-    config: Any = model.config
-    name = str(getattr(model, "main_input_name", "input_ids"))
-    accepted = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {}
-    if name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs[name] = torch.zeros(1, config.num_channels, height, width, device=device)
-    elif name == "input_features" and hasattr(config, "num_mel_bins"):
-        inputs[name] = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions, device=device)
-    else:
-        inputs[name] = torch.ones(1, 4, dtype=torch.long, device=device)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = torch.ones(1, 4, dtype=torch.long, device=device)
-    elif cross:
-        inputs["encoder_hidden_states"] = torch.zeros(1, 4, config.hidden_size, device=device)
-    if "use_cache" in accepted or getattr(config, "use_cache", None) is not None:
+    sample = Sample(model, device)
+    inputs = sample.inputs()
+    if cross and "encoder_hidden_states" in sample.accepted and "decoder_input_ids" not in inputs:
+        width = sample.number("encoder_hidden_size cross_attention_hidden_size hidden_size d_model")
+        inputs["encoder_hidden_states"] = sample.zeros(4, width)
+    if "use_cache" in sample.accepted or getattr(model.config, "use_cache", None) is not None:
         inputs["use_cache"] = False
     return inputs
 
@@ -248,29 +302,86 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _sublayers(watcher: Watcher, block: Block, whole: Call) -> Iterator[tuple[str, Sublayer]]:
-    inside = [call for call in watcher.calls if whole.start < call.start and call.end < whole.end]
+    inside = [call for call in watcher.calls if whole.start < call.start and call.end and call.end < whole.end]
     produced = _producers(inside)
     roles = {core.projections["q"].module: core.role for core in block.cores}
+    sums: Sums = {}
+    stream: dict[int, int] = {}
     for add in watcher.adds:
         if not whole.start < add.time < whole.end:
             continue
-        residual, exit_call, item = _terms(watcher, add, produced)
-        if exit_call is None:
-            continue
-        within = [call for call in inside if call.end < add.time and call.start > watcher.born[residual]]
-        given = [call for call in within if residual in call.inputs.values()]
-        if not given or given[0].start > exit_call.end:
-            continue
-        entry = given[0]
-        passed = [call for call in within if call.start >= entry.start]
-        role = next((roles[call.module] for call in passed if call.module in roles), "feed_forward")
-        before = any(_is_norm(call.module) for call in given)
-        norm = None if before else _norm_of(inside, add)
-        argument = next(key for key, tensor in entry.inputs.items() if tensor == residual)
-        yield role, Sublayer(entry.module, argument, exit_call.module, item, norm)
+        for residual, hidden in _residuals(watcher, add, sums, stream, produced):
+            found = _sublayer(watcher, add, residual, hidden, [whole, *inside], produced, block.width)
+            if found is not None:
+                made_of = watcher.ancestors(hidden, watcher.born[residual])
+                yield _role(roles, inside, made_of | {hidden}, residual, watcher), found
 
 
-def _producers(calls: list[Call]) -> Mapping[int, tuple[Call, int | None]]:
+def _residuals(
+    watcher: Watcher, add: Add, sums: Sums, stream: dict[int, int], produced: Produced
+) -> Iterator[tuple[int, int]]:
+    """The pairs (r, h) of an addition: one, several side by side, or none.
+
+    sums: what was added up that has no residual; stream: for the sum of a residual and a sub-layer, the residual.
+    """
+    one, other = add.terms
+    for residual, hidden in ((one, other), (other, one)):
+        root = watcher.source(residual)
+        made_of = watcher.ancestors(hidden, 0)
+        if residual in made_of or root in made_of:
+            origin = residual if residual in made_of else root
+        elif root in stream and stream[root] in made_of:
+            origin = stream[root]
+        else:
+            continue
+        stream[add.result] = origin
+        base = watcher.source(hidden)
+        time, terms = sums.get(base, (0, (hidden,)))
+        giver = produced.get(hidden) or produced.get(base)
+        apart = base in sums and (giver is None or giver[0].end < time)  # else one module gives the sum
+        yield from ((origin, term) for term in (terms if apart else (hidden,)))
+        return
+    flat = (sums[base][1] if (base := watcher.source(term)) in sums else (term,) for term in add.terms)
+    sums[add.result] = add.time, tuple(term for terms in flat for term in terms)
+
+
+def _sublayer(
+    watcher: Watcher, add: Add, residual: int, hidden: int, calls: list[Call], produced: Produced, width: int
+) -> Sublayer | None:
+    """The sub-layer whose output is `hidden`, in terms of modules; None if no module gives it."""
+    exit_call, item = produced.get(hidden) or produced.get(watcher.source(hidden)) or (None, None)
+    if exit_call is None:
+        return None
+    same = {residual, watcher.source(residual)}
+    within = [call for call in calls if call.start < exit_call.end and not same.isdisjoint(call.inputs.values())]
+    given = [call for call in within if call.start >= watcher.born[residual] and call is not calls[0]] or within[:1]
+    if not given:
+        return None
+    entry = given[0]
+    before = any(_is_norm(call.module) for call in given)
+    argument = next(key for key, tensor in entry.inputs.items() if tensor in same)
+    layout = _layout(watcher.alive[exit_call.outputs[item]].shape, width)
+    norm = None if before else _norm_of(calls[1:], add)
+    return Sublayer(entry.module, argument, exit_call.module, item, norm, *layout)
+
+
+def _layout(shape: torch.Size, width: int) -> tuple[int, int, int]:
+    """(d, the batch's dimension, d's dimension) of what an exit gives."""
+    channels = 1 if len(shape) == 4 and shape[1] == width != shape[-1] else len(shape) - 1
+    rows = next((place for place, size in enumerate(shape) if size == ROWS and place != channels), -1)
+    return shape[channels], rows, channels - len(shape) if channels > 1 else channels
+
+
+def _role(roles: dict[nn.Module, str], calls: list[Call], made_of: set[int], residual: int, watcher: Watcher) -> str:
+    """That of the attention whose query lies between r and h; without one it is a feed-forward block."""
+    for call in calls:
+        since = any(watcher.born[tensor] > watcher.born[residual] for tensor in call.outputs.values())
+        if call.module in roles and since and not made_of.isdisjoint(call.outputs.values()):
+            return roles[call.module]
+    return "feed_forward"
+
+
+def _producers(calls: list[Call]) -> Produced:
     """For every tensor the last call to give it back: the outermost module whose output it is.
 
     A module that the block calls more than once (one dropout for all sub-layers) is no exit of any of them.
@@ -281,15 +392,6 @@ def _producers(calls: list[Call]) -> Mapping[int, tuple[Call, int | None]]:
         for item, tensor in call.outputs.items():
             found[tensor] = (call, item)
     return found
-
-
-def _terms(
-    watcher: Watcher, add: Add, produced: Mapping[int, tuple[Call, int | None]]
-) -> tuple[int, Call | None, int | None]:
-    """Of the two terms r is the older; h must be some module's output."""
-    residual, hidden = sorted(add.terms, key=lambda term: watcher.born[watcher.source(term)])
-    call, item = produced.get(hidden) or produced.get(watcher.source(hidden)) or (None, None)
-    return residual, call, item
 
 
 def _norm_of(calls: list[Call], add: Add) -> nn.Module | None:

@@ -104,7 +104,7 @@ def _lora_ga(model: Any, places: list[Place], batches: list[Mapping[str, Any]]) 
             x = args[0].detach().flatten(0, -2).float()
 
             def note(gradient: Tensor) -> None:
-                own = gradient[..., site.start : site.start + site.outputs].flatten(0, -2).float()
+                own = gradient[..., site.rows].flatten(0, -2).float()
                 gradients[number].addmm_(own.T, x)
 
             probed = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
