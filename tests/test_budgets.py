@@ -57,6 +57,7 @@ ORDER += [
     "model",
     "wrap",
     "heads",
+    "exporting",
 ]
 ORDER += ["auto", "training", "trainer", "cli"]
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,6 +58,34 @@ class CombiningMixin:
     def reset_adapter(self) -> None:
         """Take what is merged, if anything is, out of the weights; they are what they were, bit for bit."""
         self.adapter_sites.reset()
+
+    def save_merged(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_setup: Any = None,
+        head_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model with adapters in its weights, as a plain model of transformers: no trace of them is left.
+
+        ``AutoModel….from_pretrained`` loads it with equal outputs. This model stays as it is.
+
+        Args:
+            adapter_setup: an adapter, or a Stack or Average of some; by default what is merged, else what is active.
+            head_name: of an XAdapterModel, the head to save it with; by default the active one, without one the base
+                model is saved.
+            kwargs: as for ``save_pretrained`` of transformers, such as ``max_shard_size``.
+
+        Raises:
+            AdapterError: nothing is active, a method cannot be merged, or transformers has no class with this head.
+
+        Example:
+            >>> model.save_merged("out", "sst-2")
+            >>> AutoModelForSequenceClassification.from_pretrained("out")
+        """
+        from .exporting import save_merged
+
+        save_merged(self._model, save_directory, adapter_setup, head_name, **kwargs)
 
     def average_adapter(
         self,

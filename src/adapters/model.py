@@ -495,7 +495,7 @@ class ModelAdaptersMixin(
         """
         self.config.adapters = self.adapters_config.to_dict()
         try:
-            with self.adapter_sites.unmerged():
+            with self.adapter_sites.merging(None):
                 super().save_pretrained(save_directory, **kwargs)
         finally:
             del self.config.adapters

@@ -128,6 +128,23 @@ class QuantisedWeight:
             setattr(kept, name, value)
 
 
+@contextmanager
+def shapes_alone(model: nn.Module) -> Iterator[None]:
+    """Quantised maps, which have no meta form, give tensors of the right shape."""
+    maps = [module for module in model.modules() if is_quantised(module)]
+    own = [vars(module).get("forward") for module in maps]
+    for module in maps:
+        _, outputs = linear_shape(module) or (0, 0)
+        vars(module)["forward"] = lambda x, outputs=outputs: x.new_zeros(*x.shape[:-1], outputs)
+    try:
+        yield
+    finally:
+        for module, forward in zip(maps, own, strict=True):
+            vars(module).pop("forward")
+            if forward is not None:  # a wrapper's, such as accelerate's
+                vars(module)["forward"] = forward
+
+
 def keep_differentiable(model: nn.Module) -> None:
     """Let gradients through 4-bit maps on a CPU: the order that bitsandbytes gives weights there lets none through."""
     for module in model.modules():

@@ -188,15 +188,24 @@ class SiteMap:
             self._refresh()
 
     @contextmanager
-    def unmerged(self) -> Iterator[None]:
-        """Within the block no adapter is in the weights."""
-        setup = self.merged
-        self.reset()
+    def merging(self, setup: Setup) -> Iterator[None]:
+        """Within the block `setup` alone is in the weights, with None nothing is.
+
+        Raises:
+            AdapterError: it cannot be merged; nothing was changed then.
+        """
+        before = self.merged
+        if before != setup:
+            self.reset()
         try:
-            yield
-        finally:
             if setup is not None:
                 self.merge(setup)
+            yield
+        finally:
+            if before != setup:
+                self.reset()
+                if before is not None:
+                    self.merge(before)
 
     def add_fusion(self, fuse: Fuse, config: AdapterFusionConfig) -> None:
         """Build the fusion layers of `fuse` at every sub-layer where its adapters sit.
