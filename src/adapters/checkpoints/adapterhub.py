@@ -154,17 +154,13 @@ def load_adapter(
     if config is not None or model_name is not None:
         warnings.warn(f"{asked}: config and model_name have no effect; leave them out.", FutureWarning, stacklevel=3)
     folder = hub.resolve(asked, os.fspath(adapter_name_or_path), version, **download_arguments)
-    if num_labels is not None:
-        id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
+    id2label = id2label if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
     if peft.is_peft(folder):
         peft.check_arguments(asked, leave_out=leave_out, custom_weights_loaders=custom_weights_loaders)
-        name = load_as or peft.default_name(adapter_name_or_path)
-        arguments = with_head, set_active, id2label, use_safetensors, loading_info, undo
-        return peft.load(model, folder, asked, name, *arguments)
-    adapter = read_adapter(folder, load_as, leave_out, use_safetensors)
-    present = model.adapters_config.get(adapter.name)
-    adapter = replace(adapter, config=legacy.completed(adapter.config, adapter.file, present))
-    head = heads.beside_adapter(model, folder, adapter.name, load_as, id2label, use_safetensors) if with_head else None
+        load_as = load_as or peft.default_name(adapter_name_or_path)
+        adapter, head = peft.read_folder(model, folder, asked, load_as, with_head, id2label, use_safetensors)
+    else:
+        adapter, head = _read_folder(model, folder, load_as, with_head, leave_out, id2label, use_safetensors)
     with all_or_nothing(model, undo) as changes:
         place(Adapters(model), adapter, asked, loading_info, changes, complete=leave_out is None)
         if set_active:
@@ -175,6 +171,24 @@ def load_adapter(
             names = {"load_as": load_as, "main_load_name": adapter.name}
             loader.load(str(folder), loading_info=loading_info, id2label=id2label, set_active=set_active, **names)
     return adapter.name
+
+
+def _read_folder(
+    model: "ModelAdaptersMixin",
+    folder: Path,
+    load_as: str | None,
+    with_head: bool,
+    leave_out: list[int] | None,
+    id2label: Mapping[int, str] | None,
+    use_safetensors: bool,
+) -> tuple[Saved[AdapterConfig], heads.SavedHead | None]:
+    """The adapter and the head beside it; touches no model."""
+    adapter = read_adapter(folder, load_as, leave_out, use_safetensors)
+    present = model.adapters_config.get(adapter.name)
+    adapter = replace(adapter, config=legacy.completed(adapter.config, adapter.file, present))
+    if not with_head:
+        return adapter, None
+    return adapter, heads.beside_adapter(model, folder, adapter.name, load_as, id2label, use_safetensors)
 
 
 def read_adapter(

@@ -5,7 +5,7 @@
 """
 
 from .live import is_wrapped, take_over
-from .loading import check_arguments, default_name, is_peft, load
+from .loading import check_arguments, default_name, is_peft, read_folder
 from .writing import contents_of
 
-__all__ = ["check_arguments", "contents_of", "default_name", "is_peft", "is_wrapped", "load", "take_over"]
+__all__ = ["check_arguments", "contents_of", "default_name", "is_peft", "is_wrapped", "read_folder", "take_over"]

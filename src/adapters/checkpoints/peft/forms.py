@@ -32,7 +32,7 @@ class Form:
     options: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ("bias", "rank_pattern", "alpha_pattern", "n_frequency_pattern")
     always: Mapping[str, Any] = field(default_factory=dict)
     sites: tuple[type[Site], ...] = (LinearSite,)
 

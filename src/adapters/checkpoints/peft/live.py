@@ -9,9 +9,10 @@ from torch import nn
 
 from ...composition import Stack
 from ...errors import AdapterError
-from ..placing import all_or_nothing
+from .. import heads
+from ..placing import Adapters, all_or_nothing, place
 from .draft import Options
-from .loading import put
+from .loading import head_of
 from .reading import read
 
 if TYPE_CHECKING:
@@ -89,10 +90,14 @@ def _options(config: Any) -> Options:
 def _put(
     model: "ModelAdaptersMixin", name: str, options: Options, state: Mapping[str, Any], with_head: bool, undo: ExitStack
 ) -> None:
-    reading = read(model, options, {key: tensor.cpu() for key, tensor in state.items()}, name, ASKED, alone=False)
-    if reading.head and not with_head:
+    tensors = {key: tensor.cpu() for key, tensor in state.items()}
+    saved, head = read(model, options, tensors, name, ASKED, alone=False)
+    if head and not with_head:
         warnings.warn(f"{ASKED}: the head of {name!r} is left out: the model has one, the active one's.", stacklevel=5)
-    put(model, reading, options, ASKED, with_head, None, None, undo)
+    place(Adapters(model), saved, ASKED, None, undo)
+    found = head_of(model, head, options, name, ASKED) if with_head else None
+    if found is not None:
+        heads.place_head(model, found, ASKED, False, None, undo)
 
 
 def _train(model: "ModelAdaptersMixin", active: list[str]) -> None:

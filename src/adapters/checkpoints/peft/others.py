@@ -1,7 +1,8 @@
 """The other methods that need more than a row: what is shared, drawn again, kept as values or counted otherwise."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from .forms import Form
 
 @dataclass(frozen=True)
 class AdaLoRAForm(Form):
-    """PEFT's files have the triplets that are left, here the others are zero."""
+    """PEFT's files have the triplets that are left, by its pattern of ranks; here the others are zero."""
+
+    unused: tuple[str, ...] = ("bias",)
 
     def write(self, draft: Draft) -> None:
         """See the base."""
@@ -262,6 +265,9 @@ def _rows(draft: Draft, site: Site) -> Tensor:
 class PromptForm(Form):
     """PEFT keeps the prompt, however it is made."""
 
+    always: Mapping[str, Any] = field(default_factory=lambda: {"placement": "tokens"})
+    sites: tuple[type[Site], ...] = (PromptSite,)
+
     def read(self, draft: Draft) -> None:
         """See the base."""
         if draft.options.get("num_transformer_submodules") == 2:
@@ -299,6 +305,9 @@ def _refuse_two(draft: Draft) -> None:
 @dataclass(frozen=True)
 class PrefixForm(Form):
     """PEFT has the prefix in the cache, so that the tokens' positions count on from it."""
+
+    always: Mapping[str, Any] = field(default_factory=lambda: {"flat": True, "shift_positions": True})
+    sites: tuple[type[Site], ...] = (PromptSite,)
 
     def read(self, draft: Draft) -> None:
         """See the base."""

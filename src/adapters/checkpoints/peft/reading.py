@@ -37,14 +37,6 @@ KNOWN = re.compile(
 """Options that say how an adapter was made, where modules are, or what the tensors tell too."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """An adapter that was read, and the tensors of the model's head by their keys in the whole model."""
-
-    saved: Saved[AdapterConfig]
-    head: Tensors
-
-
 @dataclass
 class Parts:
     """The tensors of a file, sorted.
@@ -60,8 +52,8 @@ class Parts:
 
 def read(
     model: "ModelAdaptersMixin", options: Options, tensors: Mapping[str, Tensor], name: str, asked: str, alone: bool
-) -> Reading:
-    """An adapter of PEFT as one of ours; the model is looked at only.
+) -> tuple[Saved[AdapterConfig], Tensors]:
+    """An adapter of PEFT as one of ours, and the tensors of a head by their keys; the model is looked at only.
 
     Args:
         options: What its ``adapter_config.json`` holds.
@@ -88,7 +80,7 @@ def read(
     weights = [_keyed(member, config) for (member, _), config in zip(members, configs, strict=True)]
     config = configs[0] if len(configs) == 1 else ConfigUnion(*configs)
     saved = Saved(name, config, {key: tensor for each in weights for key, tensor in each.items()}, {})
-    return Reading(saved, parts.rest)
+    return saved, parts.rest
 
 
 def _warn_of_unknown(form: Form, options: Options, asked: str) -> None:
