@@ -39,6 +39,13 @@ class Group:
         count = sum(module is not None for module in children)
         return cls(children) if count > 1 and len(keys) == 1 and next(iter(keys))[1] is not None else None
 
+    @classmethod
+    def of_children(cls, tree: Block, adapters: Mapping[str, AdapterModule[Any]]) -> Group | None:
+        """The group of a block's children, if all are names that can be computed together."""
+        if any(isinstance(child, Block) for child in tree.children):
+            return None
+        return cls.of([None if child is None else adapters.get(str(child)) for child in tree.children])
+
     def suits(self, rows: int) -> bool:
         """Whether one call for so many rows in any order is faster than a call for each adapter."""
         return rows <= ROWS_PER_MODULE * len(self.modules)
@@ -66,6 +73,24 @@ class Group:
         """(n, …) the parameter of that name of all modules."""
         parameters: list[Tensor] = [module.get_parameter(name) for module in self.modules]
         return self._stacked.get(name, parameters, lambda: torch.stack(parameters))
+
+
+class Groups:
+    """The groups of a site's adapters, by the blocks that name them."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Block, Group | None]] = {}
+
+    def of(self, tree: Block, adapters: Mapping[str, AdapterModule[Any]]) -> Group | None:
+        """That of the children of `tree`, if they can be computed in one call."""
+        if torch.compiler.is_compiling():  # a graph cannot keep a block that it made
+            return Group.of_children(tree, adapters)
+        known = self._known.get(id(tree))
+        if known is None or known[0] is not tree:
+            if len(self._known) >= GROUPS:
+                self._known = {}
+            known = self._known[id(tree)] = (tree, Group.of_children(tree, adapters))
+        return known[1]
 
 
 def grouped_linear(

@@ -29,6 +29,8 @@ from .sublayers import SublayerSite
 from .topology import Anatomy, Linear, read_blocks
 
 T = TypeVar("T", bound=Site)
+SETUPS = 256
+"""Of so many setups the plans are kept; rows of a batch may name ever new ones."""
 
 
 class SiteMap:
@@ -277,15 +279,20 @@ class SiteMap:
             CompositionError: a Fuse has no fusion layers or stands where none can.
         """
         key = (setup, skip_layers)
-        if key not in self._plans:
-            plans = tuple(None if site.layer in skip_layers else site.resolve(setup) for site in self.sites)
-            for site, plan in zip(self.sites, plans, strict=True):
-                _check_fusions(site, plan)
-            self._plans[key] = plans
-            repeats = setup is not None and setup.parallel_channels > 1
-            if repeats and self._first_position(plans) > START and not torch.compiler.is_compiling():
-                self._shared_rows.attach()
-        return self._plans[key]
+        known = self._plans.get(key)
+        if known is not None:
+            return known
+        plans = tuple(None if site.layer in skip_layers else site.resolve(setup) for site in self.sites)
+        for site, plan in zip(self.sites, plans, strict=True):
+            _check_fusions(site, plan)
+        if torch.compiler.is_compiling():  # a graph can neither keep a block that it made nor hook modules
+            return plans
+        if len(self._plans) >= SETUPS:
+            self._plans = {}
+        self._plans[key] = plans
+        if setup is not None and setup.parallel_channels > 1 and self._first_position(plans) > START:
+            self._shared_rows.attach()
+        return plans
 
     def shared_below(self, plans: tuple[Setup, ...]) -> Position:
         """What comes before this gives every channel of Parallel the same, and is computed once."""
