@@ -318,6 +318,10 @@ def saved(folder: Any, **changes: Any) -> Any:
         ({"init_lora_weights": "loftq"}, r"init_lora_weights='loftq' cannot be mapped.*path_initial_model"),
         ({"peft_type": "ADAPTION_PROMPT"}, "peft_type='ADAPTION_PROMPT' has no counterpart here"),
         ({"peft_type": "C3A"}, "peft_type='C3A' has no counterpart here"),
+        ({"peft_type": "IA3"}, "the file has no tensors of IA3, but 'bert.encoder"),
+        ({"r": "x"}, r"adapter_config.json cannot be used: LoRAConfig\(r='x'\)"),
+        ({"alpha_pattern": [1]}, "adapter_config.json cannot be used: 'list' object has no attribute 'items'"),
+        ({"alpha_pattern": {"(": 1}}, r"adapter_config.json cannot be used: missing \)"),
     ],
 )
 def test_what_cannot_be_mapped_is_refused(changes: dict[str, Any], message: str, tmp_path) -> None:
@@ -350,6 +354,20 @@ def test_unknown_options_warn(tmp_path) -> None:
     model = ours("bert", "SEQ_CLS")
     with pytest.warns(UserWarning, match=r"the options \{'shiny': True\} of PEFT are not known here"):
         model.load_adapter(saved(tmp_path, shiny=True, dull=None))
+
+
+def test_ranks_that_adalora_has_found(tmp_path) -> None:
+    """PEFT's file has the triplets that are left, and which they are."""
+    theirs = trained("bert", peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=LINEAR, **CLS))
+    masks, base = {}, "base_model.model.bert.encoder.layer"
+    for path, kept in ((f"{base}.0.attention.self.query", [0, 3]), (f"{base}.1.intermediate.dense", [2])):
+        module = theirs.get_submodule(path)
+        mask = torch.tensor([index in kept for index in range(4)])
+        with torch.no_grad():
+            module.lora_E["default"][~mask] = 0
+        masks[f"{path.removeprefix('base_model.model.')}.lora_E.default"] = mask.tolist()
+    theirs.peft_config["default"].rank_pattern = masks
+    check(theirs, "bert", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def head_of(
     if not tensors:
         return None
     prefix = f"{model.base_model_prefix}."
-    inside = {key for key, _ in model.base_model.named_parameters()} if model.base_model is not model else set()
-    if within := [key for key in tensors if key.removeprefix(prefix) in inside]:
+    parts = {name for name, _ in model.base_model.named_children()} if model.base_model is not model else set()
+    if within := [key for key in tensors if key.startswith(prefix) or key.partition(".")[0] in parts]:
         raise CheckpointError(
             f"{asked}: modules_to_save={options.get('modules_to_save')!r} cannot be mapped; {some(within)} are weights "
             "of the base model, which adapters leave alone here. Merge the adapter in PEFT."

@@ -70,13 +70,17 @@ def read(
     own = {_stripped(key): tensor for key, tensor in tensors.items() if ".original_module." not in key}
     parts = _sorted(model, form, own, options, asked)
     draft = Draft(model, asked, name, options, {}, parts.sites, parts.shared, alone)
-    members = []
-    if parts.sites or parts.shared:
+    if not parts.sites and not parts.shared:
+        raise CheckpointError(f"{asked}: the file has no tensors of {form.peft_type}, but {some(own)}. Save it again.")
+    try:
         form.read(draft)
-        members.append((draft, form.config))
-    members += [*_biases(draft, parts.rest), *_tokens(draft, parts.rest)]
-    _check_embeddings(draft, parts.rest)
-    configs = [kind(**member.fields) for member, kind in members]
+        members = [(draft, form.config), *_biases(draft, parts.rest), *_tokens(draft, parts.rest)]
+        _check_embeddings(draft, parts.rest)
+        configs = [kind(**member.fields) for member, kind in members]
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:  # AdapterError is a ValueError
+        raise CheckpointError(f"{asked}: adapter_config.json cannot be used: {error}") from error
     weights = [_keyed(member, config) for (member, _), config in zip(members, configs, strict=True)]
     config = configs[0] if len(configs) == 1 else ConfigUnion(*configs)
     saved = Saved(name, config, {key: tensor for each in weights for key, tensor in each.items()}, {})
@@ -196,8 +200,9 @@ def _tokens(draft: Draft, rest: Tensors) -> list[tuple[Draft, type[AdapterConfig
 
 def _check_embeddings(draft: Draft, rest: Tensors) -> None:
     """Where embeddings have an adapter PEFT saves them too: they have to be the model's."""
-    state: dict[str, Any] = dict(draft.model.named_parameters())
-    for key in [key for key in rest if key.endswith((".base_layer.weight", ".base_layer.bias"))]:
+    kept = [key for key in rest if key.endswith((".base_layer.weight", ".base_layer.bias"))]
+    state: dict[str, Any] = dict(draft.model.named_parameters()) if kept else {}
+    for key in kept:
         path = key.replace(".base_layer.", ".")
         here = state.get(path, state.get(path.removeprefix(f"{draft.model.base_model_prefix}.")))
         if here is None or here.shape != rest[key].shape or not torch.equal(here.cpu(), rest[key].to(here.dtype)):
