@@ -149,3 +149,91 @@ def test_embeddings_take_no_gate() -> None:
     with pytest.raises(ConfigError, match=r"not possible at embeddings.word_embeddings"):
         model.add_adapter("x", LoRAConfig(use_gating=True, target_modules=["word_embeddings"]))
     assert not list(model.adapter_sites.holding("x"))
+
+
+# --- (IA)³ at inputs, norms by path, prefixes that are counted --------------------------------------------------------
+
+SCALED = LoRAConfig(
+    r=1,
+    alpha=2,
+    composition_mode="scale",
+    init_weights="ia3",
+    target_modules=["v_proj", "down_proj"],
+    scaled_inputs=["down_proj"],
+)
+
+
+def test_inputs_are_scaled() -> None:
+    """W (alpha l * x) + b: alone, merged, and as a change in a block."""
+    model, batch = adapted("llama"), inputs("llama")
+    model.add_adapter("x", SCALED, set_active=True)
+    disturb(model, "x")
+    by_path = {site.module_path: module for site, module in model.adapter_sites.holding("x")}
+    plain = adapted("llama")
+    with torch.no_grad():
+        for path, module in by_path.items():
+            host = plain.get_submodule(path)
+            host.weight *= 2 * (module.lora_A if "down" in path else module.lora_B)
+    expected = output(plain, batch)
+    torch.testing.assert_close(output(model, batch), expected, rtol=1e-5, atol=1e-5)
+    model.set_active_adapters(adapters.BatchSplit("x", None, batch_sizes=[2, 2]))
+    torch.testing.assert_close(output(model, batch)[:2], expected[:2], rtol=1e-5, atol=1e-5)
+    model.merge_adapter("x")
+    torch.testing.assert_close(output(model, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_inputs_are_those_of_ia3_without_gates() -> None:
+    with pytest.raises(ConfigError, match=r"scaled_inputs.*not possible with lora"):
+        LoRAConfig(scaled_inputs=["down_proj"])
+    with pytest.raises(ConfigError, match=r"use_gating=True.*not possible with scaled_inputs"):
+        adapted("llama").add_adapter("x", SCALED.replace(use_gating=True))
+
+
+def test_norms_by_path() -> None:
+    model = adapted("llama")
+    model.add_adapter("x", adapters.LNTuningConfig(target_modules=["input_layernorm"], leave_out=[0]))
+    assert places(model) == {"layers.1.input_layernorm"}
+    with pytest.raises(AdapterError, match="'layernorm' fits no module"):
+        model.add_adapter("y", adapters.LNTuningConfig(target_modules=["layernorm"]))
+
+
+def counted(length: int) -> adapters.PrefixTuningConfig:
+    return adapters.PrefixTuningConfig(flat=True, prefix_length=length, shift_positions=True)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+def test_prefixes_may_count_as_positions(architecture: str) -> None:
+    """As if the ids of all positions were given; each row those of its own prefixes."""
+    model, batch = adapted(architecture), inputs(architecture)
+    rows, length = batch["input_ids"].shape
+    for name, config in {"counted": counted(3), "plain": counted(3).replace(shift_positions=False)}.items():
+        torch.manual_seed(0)
+        model.add_adapter(name, config)
+    ids = torch.arange(length).expand(rows, -1)
+    model.set_active_adapters("plain")
+    expected = output(model, batch | {"position_ids": ids + 3})
+    model.set_active_adapters("counted")
+    torch.testing.assert_close(output(model, batch), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output(model, batch | {"position_ids": ids}), expected, rtol=1e-6, atol=1e-6)
+    model.set_active_adapters(adapters.BatchSplit("counted", None, batch_sizes=[1, rows - 1]))
+    torch.testing.assert_close(output(model, batch)[:1], expected[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_generation_counts_them_once() -> None:
+    model = adapted("llama", head=True)
+    model.add_adapter("x", counted(3), set_active=True)
+    disturb(model, "x")
+    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+    found = [
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert found[0].tolist() == found[1].tolist()
+
+
+@pytest.mark.parametrize("architecture", ["t5", "roberta"])
+def test_models_that_do_not_count_so(architecture: str) -> None:
+    model = adapted(architecture)
+    with pytest.raises(AdapterError, match="has no site for 'positions'"):
+        model.add_adapter("x", counted(3))
+    assert not model.adapters_config.adapters
