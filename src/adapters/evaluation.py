@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Parallel, Route, Setup, Split, Stack
-from .context import Forward, state
+from .context import Forward
 from .errors import CompositionError
 from .signals import Signal
 
@@ -50,9 +50,9 @@ def evaluate(tree: Setup, signal: S, site: Site) -> S:
 def check_batch(forward: Forward, rows: int | None) -> None:
     """Refuse a batch of so many rows (None: unknown) that sizes, tasks or names of the setup do not fit.
 
-    ``generate`` repeats rows in place later, so there only what it was given is checked.
+    Not for the passes of ``generate``, which repeats rows in place: what it was given is checked.
     """
-    if rows is None or (state.generating is forward.sites and state.forward is not None):
+    if rows is None:
         return
     for asked, values in (("adapter_names", forward.assignment), ("task_ids", forward.task_ids)):
         if values is not None and len(values) != rows:

@@ -181,7 +181,8 @@ def in_forward_context(forward: Callable[..., Any]) -> Callable[..., Any]:
                 current = _open(self, own, {**dict(zip(positional, args, strict=False)), **kwargs})
             if self.repeats_inputs and not current.repeated:
                 args, kwargs, current = _repeat_for_parallel(current, args, kwargs)
-            if self is self.adapter_sites.base_model and (current.setup or current.assignment is not None):
+            base, checked = self is self.adapter_sites.base_model, state.generating is self.adapter_sites
+            if base and not checked and (current.setup or current.assignment is not None):
                 check_batch(current, batch_size(args, kwargs))
             state.forward = current
             output = _entered(self, forward, inside)(self, *args, **kwargs)

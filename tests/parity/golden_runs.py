@@ -78,10 +78,10 @@ def real_tokens(output: torch.Tensor, given: dict[str, torch.Tensor], added_leng
 
 
 @torch.no_grad()
-def run(model: Any, setup: str | Any, given: dict[str, torch.Tensor]) -> Any:
+def run(model: Any, setup: str | Any, given: dict[str, torch.Tensor], **more: Any) -> Any:
     """The model's whole output with a setup active; an expression is read with the composition blocks' names."""
     model.set_active_adapters(eval(setup, dict(vars(composition))) if isinstance(setup, str) else setup)
-    return model(**{name: tensor.clone() for name, tensor in given.items()})
+    return model(**{name: tensor.clone() for name, tensor in given.items()}, **more)
 
 
 def outputs(model: Any, group: Group, setup: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
