@@ -176,7 +176,8 @@ def methods_of(config: AdapterConfig) -> list[type[AdapterModule[Any]]]:
     Raises:
         AdapterError: this version has no implementation of the method.
     """
-    candidates = (cls for kind, classes in METHODS.items() if isinstance(config, kind) for cls in classes)
+    kinds = {*type(config).__mro__}  # isinstance takes far longer for classes derived from Mapping
+    candidates = (cls for kind, classes in METHODS.items() if kind in kinds for cls in classes)
     found = [cls for cls in candidates if cls.takes(config)]
     if not found:
         known = sorted({kind.__name__ for kind in METHODS})

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -39,8 +39,8 @@ class Bearer(ABC, Generic[C]):
         """What defines the one of that name; None if there is none."""
 
     @abstractmethod
-    def add(self, name: str, config: C) -> None:
-        """Makes a new one."""
+    def add(self, name: str, config: C, filled: bool = True) -> None:
+        """Makes a new one; if it is to be `filled`, its tensors may hold anything."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -58,14 +58,14 @@ class Adapters(Bearer[AdapterConfig]):
         """The configuration of an adapter."""
         return self.model.adapters_config.get(name)
 
-    def add(self, name: str, config: AdapterConfig) -> None:
+    def add(self, name: str, config: AdapterConfig, filled: bool = True) -> None:
         """Makes a new adapter.
 
         Raises:
             CheckpointError: There is no memory for it.
         """
         try:
-            with filled_later():
+            with filled_later() if filled else nullcontext():
                 self.model.add_adapter(name, config=config)
         except (MemoryError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
@@ -90,7 +90,7 @@ class Fusions(Bearer[tuple[AdapterConfig, list[str]]]):
         config, adapters = self.model.adapters_config.get_fusion(name)
         return None if config is None else (config, list(adapters or ()))
 
-    def add(self, name: str, config: tuple[AdapterConfig, list[str]]) -> None:
+    def add(self, name: str, config: tuple[AdapterConfig, list[str]], filled: bool = True) -> None:
         """Makes a new fusion."""
         self.model.add_adapter_fusion(Fuse(*config[1], name=name), config[0])
 
@@ -171,6 +171,10 @@ def place(
         undo.callback(bearer.delete, name)
     slots = bearer.slots(name)
     found = fit(slots)
+    if found.missing and present != saved.config:  # which need start values
+        bearer.delete(name)
+        bearer.add(name, saved.config, filled=False)
+        slots = bearer.slots(name)
     if present == saved.config:
         undo.callback(_restore, slots, _snapshot(slots))
     fill(slots, found.matched)

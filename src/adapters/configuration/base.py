@@ -1,12 +1,14 @@
 """What every configuration is: a frozen dataclass, a mapping, and a value with equality and a hash."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, FrozenInstanceError, asdict, fields, is_dataclass
+from copy import deepcopy
+from dataclasses import MISSING, Field, FrozenInstanceError, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Self, cast
 
 from ..errors import ConfigError, listing, suggestion
 
+ATOMS = {bool, float, int, str, type(None)}
 LATER = {"later": True}
 """Metadata of a field that 1.x does not have: ``to_dict``, and so a file, leaves it out where it is at its default."""
 
@@ -104,7 +106,8 @@ class AdapterConfig(Mapping[str, Any]):
 
         Fields that 1.x does not have are left out where they are at their default.
         """
-        return {name: value for name, value in asdict(self).items() if (name, value) not in _left_out(type(self))}
+        values, left_out = _plain(self), _left_out(type(self))
+        return {name: value for name, value in values.items() if name not in left_out or left_out[name] != value}
 
     def replace(self, **changes: Any) -> Self:
         """A copy of the same class with some fields changed.
@@ -157,11 +160,22 @@ def _field_names(cls: type[AdapterConfig]) -> tuple[str, ...]:
 
 
 @cache
-def _left_out(cls: type[AdapterConfig]) -> tuple[tuple[str, Any], ...]:
+def _left_out(cls: type[AdapterConfig]) -> dict[str, Any]:
     marked = [field for field in fields(cls) if field.metadata == LATER]
-    return tuple(
-        (field.name, field.default if field.default_factory is MISSING else field.default_factory()) for field in marked
-    )
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory() for field in marked
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A copy, as `dataclasses.asdict` makes it in several times the time."""
+    if type(value) in ATOMS:
+        return value
+    if isinstance(value, AdapterConfig):
+        return {name: _plain(value.__dict__[name]) for name in value.field_names()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return {key: _plain(entry) for key, entry in value.items()} if isinstance(value, dict) else deepcopy(value)
 
 
 def _hashable(value: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..method import weights_follow
 
 FROM_WEIGHT = re.compile(r"pissa|pissa_niter_[1-9]\d*|olora")
 """The values of ``init_weights`` that read A0 and B0 off the weight."""
@@ -64,6 +65,8 @@ def _olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def initialise(matrix: Tensor, scheme: str, zero: bool) -> None:
     """Start values by ``init_weights``; zero: this is the matrix that scheme "lora" starts at 0."""
+    if weights_follow():
+        return
     match scheme:
         case "lora" if zero:
             nn.init.zeros_(matrix)
