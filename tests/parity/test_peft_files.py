@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from tiny_models import config, disturb, inputs, plain
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 import adapters
 from adapters import AdapterError, LoRAConfig
@@ -446,6 +446,35 @@ def test_a_head_of_peft_becomes_a_named_head(tmp_path) -> None:
     torch.testing.assert_close(logits(model, "bert"), logits(theirs, "bert"), rtol=1e-5, atol=1e-5)
     model.load_adapter(tmp_path, load_as="y", with_head=False)
     assert list(model.heads) == ["x"]
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_named_head_becomes_one_of_peft(labels: int, tmp_path) -> None:
+    (described := config("bert")).num_labels = labels
+    model = adapters.AutoAdapterModel.from_config(described).eval()
+    model.add_adapter("x", LoRAConfig(r=2, rank_pattern={"0": 3}), set_active=True)
+    disturb(model, "x")
+    model.add_classification_head("x", num_labels=labels, layers=1, use_pooler=True)
+    model.add_causal_lm_head("words")
+    model.active_head = "x"
+    model.save_adapter(tmp_path, "x", format="peft")
+    static = AutoModelForSequenceClassification.from_config(described).eval()
+    own = {key: tensor for key, tensor in model.base_model.state_dict().items() if "loras" not in key}
+    static.bert.load_state_dict(own)
+    theirs = peft.PeftModel.from_pretrained(static, tmp_path).eval()
+    torch.testing.assert_close(logits(theirs, "bert"), logits(model, "bert"), rtol=1e-5, atol=1e-5)
+    model.add_adapter("deep", "lora[r=2]")
+    model.add_classification_head("deep", num_labels=labels, layers=2)
+    with pytest.raises(CheckpointError, match="the head 'deep' cannot be one of transformers: its layers is 2"):
+        model.save_adapter(tmp_path / "deep", "deep", format="peft")
+    model.save_adapter(tmp_path / "deep", "deep", with_head=False, format="peft")
+    model.add_adapter("bare", LoRAConfig(r=2, rank_pattern={"0": 3}), set_active=True)
+    disturb(model, "bare")
+    model.save_adapter(tmp_path / "bare", "bare", format="peft")
+    encoder = AutoModel.from_config(described).eval()
+    encoder.load_state_dict(own)
+    theirs = peft.PeftModel.from_pretrained(encoder, tmp_path / "bare").eval()
+    torch.testing.assert_close(logits(theirs, "bert"), logits(model.base_model, "bert"), rtol=1e-5, atol=1e-5)
 
 
 def test_files_of_bin_format_and_the_default_name(tmp_path) -> None:

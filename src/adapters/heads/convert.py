@@ -107,8 +107,10 @@ class StaticHead:
 
     def difference(self, config: Mapping[str, Any]) -> str | None:
         """What a named head of this config computes in another way; None if nothing."""
+        without = ["dropout_prob", "vocab_size", "embedding_size"]
+        without += ["activation_function"] if self.settings["layers"] == 1 else []  # it stands between two layers
         for key, value in self.settings.items():
-            if key not in ("dropout_prob", "vocab_size", "embedding_size") and config.get(key, value) != value:
+            if key not in without and config.get(key, value) != value:
                 return f"its {key} is {config.get(key)!r}, that of {self.model_class} is {value!r}"
         return None
 

@@ -32,6 +32,7 @@ class Draft:
         fields: Ours.
         parts: Its tensors at each site.
         shared: Those that its modules have in common.
+        headed: PEFT's model has a head, so that the paths of its modules begin with the name of the base model.
         alone: It is read without the model it was trained with: changes of base weights have to be made again.
     """
 
@@ -43,22 +44,22 @@ class Draft:
     parts: dict[Site, Tensors] = field(default_factory=dict)
     shared: Tensors = field(default_factory=dict)
     alone: bool = True
+    headed: bool = True
 
     def refusal(self, option: str, reason: str) -> CheckpointError:
         """The error about an option, or a field, that the other library cannot express."""
         value = self.options.get(option, self.fields.get(option))
         return CheckpointError(f"{self.asked}: {option}={value!r} cannot be mapped; {reason}.")
 
+    def path(self, site: Site) -> str:
+        """The path of a site's module as PEFT sees it."""
+        if site.place.outside or not self.headed or self.model.base_model is self.model:
+            return str(site.module_path)
+        return f"{self.model.base_model_prefix}.{site.host_path}"
+
     def change(self, alter: Callable[[Site, Tensors], Tensors]) -> None:
         """Replace the tensors of every site."""
         self.parts = {site: alter(site, own) for site, own in self.parts.items()}
-
-
-def path_in_peft(model: "ModelAdaptersMixin", site: Site) -> str:
-    """The path of a site's module in the whole model, as PEFT sees it."""
-    if site.place.outside or model.base_model is model:
-        return str(site.module_path)
-    return f"{model.base_model_prefix}.{site.host_path}"
 
 
 def sites_by_path(model: "ModelAdaptersMixin", kinds: Iterable[type[Site]]) -> dict[str, Site]:

@@ -10,7 +10,7 @@ from ...methods.lora import LoRAConfig
 from ...methods.lora_init import FROM_WEIGHT, factors
 from ...sites import LinearSite, Site
 from ...vocabulary import LookupSite, OutputSite
-from .draft import Draft, Tensors, first_fit, path_in_peft
+from .draft import Draft, Tensors, first_fit
 from .forms import Form
 
 OTHER_WEIGHTS = ("loftq", "corda", "lora_ga")
@@ -40,7 +40,7 @@ class LoRAForm(Form):
         for site, own in draft.parts.items():
             if len(own["lora_A"]) != rank:
                 ranks[site.module_path] = len(own["lora_A"])
-            found = first_fit(options.get("alpha_pattern"), path_in_peft(draft.model, site), alpha)
+            found = first_fit(options.get("alpha_pattern"), draft.path(site), alpha)
             if found != alpha:
                 alphas[site.module_path] = found
         draft.fields |= {"rank_pattern": ranks, "alpha_pattern": alphas}
@@ -65,7 +65,7 @@ class LoRAForm(Form):
         fields["r"], fields["alpha"] = next(iter(ranks.values())), _whole(next(iter(alphas.values())))
         draft.fields = {name: value for name, value in fields.items() if not name.endswith("_pattern")}
         super().write(draft)
-        paths = {site: path_in_peft(draft.model, site).replace(".", r"\.") for site in ranks}
+        paths = {site: draft.path(site).replace(".", r"\.") for site in ranks}
         draft.options["rank_pattern"] = {paths[site]: rank for site, rank in ranks.items() if rank != fields["r"]}
         draft.options["alpha_pattern"] = {
             paths[site]: _whole(alpha) for site, alpha in alphas.items() if _whole(alpha) != fields["alpha"]

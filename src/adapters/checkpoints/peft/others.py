@@ -18,7 +18,7 @@ from ...norms import NormSite
 from ...prompts import PromptSite
 from ...sites import LinearSite, Site
 from ...vocabulary import LookupSite
-from .draft import Draft, Tensors, path_in_peft, shortest
+from .draft import Draft, Tensors, shortest
 from .forms import Form
 
 
@@ -112,7 +112,7 @@ class IA3Form(Form):
         """See the base."""
         scale = draft.fields.pop("alpha")
         draft.fields.pop("scaled_inputs")
-        before = {path_in_peft(draft.model, site) for site, own in draft.parts.items() if "lora_A" in own}
+        before = {draft.path(site) for site, own in draft.parts.items() if "lora_A" in own}
         draft.change(lambda site, own: {"lora_B": own.get("lora_B", own.get("lora_A", Tensor())) * scale})
         _joined_vectors(draft)
         super().write(draft)

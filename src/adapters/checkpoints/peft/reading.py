@@ -18,7 +18,7 @@ from ...sites import LinearSite, Site
 from ...vocabulary import LookupSite
 from .. import names
 from ..placing import Saved
-from .draft import Draft, Options, Tensors, path_in_peft, sites_by_path, some
+from .draft import Draft, Options, Tensors, sites_by_path, some
 from .forms import Form
 from .table import form_of_type
 
@@ -187,7 +187,7 @@ def _tokens(draft: Draft, rest: Tensors) -> list[tuple[Draft, type[AdapterConfig
     chosen = draft.options["trainable_token_indices"]
     (table,) = draft.model.adapter_sites.of(LookupSite)
     path = keys[0].removesuffix(TOKENS)
-    wanted = {path_in_peft(draft.model, table), table.module_path}
+    wanted = {draft.path(table), table.module_path}
     if len(keys) > 1 or path not in wanted:
         raise draft.refusal("trainable_token_indices", "only the embeddings of the input can be changed so")
     indices = next(iter(chosen.values())) if isinstance(chosen, Mapping) else chosen

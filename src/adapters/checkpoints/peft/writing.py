@@ -16,7 +16,7 @@ from ...sites import LinearSite
 from ...topology import is_plain
 from .. import files, heads, weights
 from ..files import Content
-from .draft import Draft, Options, Tensors, path_in_peft, shortest
+from .draft import Draft, Options, Tensors, shortest
 from .forms import Form
 from .loading import PEFT, TASKS
 from .reading import TOKENS
@@ -25,6 +25,7 @@ from .table import FORMS
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
     from ...model import ModelAdaptersMixin
 
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -52,14 +53,16 @@ def contents_of(
             f"{asked}: PEFT has no union of {' and '.join(type(member).__name__ for member in members)}; add them as "
             "adapters of their own and save each."
         )
-    form, draft = _written(model, name, main[0], asked)
+    model_class = _class_of(model, name)
+    headed = model_class != type(model.base_model).__name__
+    form, draft = _written(model, name, main[0], asked, headed)
     tensors = dict(_keys(draft, form))
     for member in beside:
-        own_form, own = _written(model, name, member, asked)
+        own_form, own = _written(model, name, member, asked, headed)
         draft.options["trainable_token_indices"] = own.options["token_indices"]
         ends = {key.removesuffix(".trainable_tokens_delta"): tensor for key, tensor in _keys(own, own_form)}
         tensors |= {key + TOKENS: tensor for key, tensor in ends.items()}
-    head = _head(model, name, asked) if with_head or PromptSite in form.sites else {}
+    head = _head(model, name, model_class, asked) if with_head or PromptSite in form.sites else {}
     if taken := [
         site.module_path for site in draft.parts if site.place.outside and f"{site.module_path}.weight" in head
     ]:
@@ -67,10 +70,13 @@ def contents_of(
             f"{asked}: the adapter sits at {taken[0]!r}, and PEFT either adapts a module or saves it whole; pass "
             "with_head=False to save the adapter alone."
         )
-    return {PEFT: Content(_options(model, form, draft, head), tensors | _head_keys(head, form))}
+    options = _options(model, form, draft, head, model_class)
+    return {PEFT: Content(options, tensors | _head_keys(head, form))}
 
 
-def _written(model: "ModelAdaptersMixin", name: str, config: AdapterConfig, asked: str) -> tuple[Form, Draft]:
+def _written(
+    model: "ModelAdaptersMixin", name: str, config: AdapterConfig, asked: str, headed: bool
+) -> tuple[Form, Draft]:
     form = next((form for form in FORMS if form.takes(config)), None)
     if form is None:
         raise CheckpointError(
@@ -81,7 +87,8 @@ def _written(model: "ModelAdaptersMixin", name: str, config: AdapterConfig, aske
     parts = {site: _copies(module) for site, module in model.adapter_sites.holding(name) if type(module) in kinds}
     shared = [_copies(module) for module in model.adapter_sites.shared(name).values()]
     fields = {field: config[field] for field in config.field_names()}
-    draft = Draft(model, asked, name, {}, fields, parts, {key: value for each in shared for key, value in each.items()})
+    own = {key: value for each in shared for key, value in each.items()}
+    draft = Draft(model, asked, name, {}, fields, parts, own, headed=headed)
     form.write(draft)
     return form, draft
 
@@ -93,24 +100,24 @@ def _copies(module: "nn.Module") -> Tensors:
 def _keys(draft: Draft, form: Form) -> Iterator[tuple[str, Tensor]]:
     """The tensors by PEFT's keys; prompts and prefixes have no path."""
     for site, own in draft.parts.items():
-        start = "" if isinstance(site, PromptSite) else f"base_model.model.{path_in_peft(draft.model, site)}."
+        start = "" if isinstance(site, PromptSite) else f"base_model.model.{draft.path(site)}."
         for parameter, tensor in own.items():
             yield start + parameter, weights.copied(tensor)
     for parameter, tensor in draft.shared.items():
         yield ("" if PromptSite in form.sites else "base_model.") + parameter, weights.copied(tensor)
 
 
-def _options(model: "ModelAdaptersMixin", form: Form, draft: Draft, head: Tensors) -> Options:
-    task = _task(model)
+def _options(model: "ModelAdaptersMixin", form: Form, draft: Draft, head: Tensors, model_class: str) -> Options:
+    task = _task(model, model_class)
     if task in WITH_HEAD and not head:
         task = None
     options = {**draft.options, "peft_type": form.peft_type, "peft_version": VERSION}
     options |= {"inference_mode": True, "task_type": task}
     options["base_model_name_or_path"] = model.model_name or None
     if task is None:
-        options["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        options["auto_mapping"] = {"base_model_class": model_class, "parent_library": type(model.base_model).__module__}
     if PromptSite not in form.sites:
-        paths = {path_in_peft(model, site) for site in draft.parts}
+        paths = {draft.path(site) for site in draft.parts}
         whole = "feedforward_modules" in options  # which have to be among them as they are
         options["target_modules"] = sorted(paths) if whole else shortest(paths, _module_paths(model))
     if form.peft_type in TURNED:
@@ -122,13 +129,13 @@ def _options(model: "ModelAdaptersMixin", form: Form, draft: Draft, head: Tensor
     return options
 
 
-def _task(model: "ModelAdaptersMixin") -> str | None:
-    """PEFT's name of what the model's class is for."""
-    if model.base_model is model and not model.config.is_encoder_decoder:
+def _task(model: "ModelAdaptersMixin", model_class: str) -> str | None:
+    """PEFT's name of what a class is for."""
+    if model_class == type(model.base_model).__name__ and not model.config.is_encoder_decoder:
         return "FEATURE_EXTRACTION"
     for task, theirs in TASKS.items():
         names = getattr(modeling_auto, f"MODEL_FOR_{theirs}_MAPPING_NAMES").values()
-        if any(type(model).__name__ in ([found] if isinstance(found, str) else found) for found in names):
+        if any(model_class in ([found] if isinstance(found, str) else found) for found in names):
             return task
     return None
 
@@ -141,20 +148,43 @@ def _module_paths(model: "nn.Module", path: str = "") -> Iterator[str]:
             yield from _module_paths(module, f"{path}{name}.")
 
 
-def _head(model: "ModelAdaptersMixin", name: str, asked: str) -> Tensors:
-    """The tensors of the model's own head, but for the map onto words, which is not trained with an adapter."""
+def _class_of(model: "ModelAdaptersMixin", name: str) -> str:
+    """The class of transformers that the adapter, with the head of its name, is of."""
+    if not heads.is_flexible(model):
+        return type(model).__name__
+    from ...heads.convert import TASKS as KINDS  # the part of heads comes after this one
+
+    kind = model.heads[name].config["head_type"] if name in model.heads else None
+    task = next((task for task, offered in KINDS.items() if str(kind).endswith(offered)), None)
+    names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") if task else {}
+    return str(names.get(model.config.model_type, type(model.base_model).__name__))
+
+
+def _head(model: "ModelAdaptersMixin", name: str, model_class: str, asked: str) -> Tensors:
+    """The tensors of the head in its class, but for the map onto words, which is not trained with an adapter."""
     if heads.is_flexible(model):
-        if name in model.heads:
-            raise CheckpointError(
-                f"{asked}: PEFT has no named heads; pass with_head=False, or load the adapter into the model class of "
-                "the task and save it from there."
-            )
-        return {}
+        return _named_head(model, name, model_class, asked) if name in model.heads else {}
     content = heads.content(model, None)
     words = model.get_output_embeddings()
     tied = {id(parameter) for parameter in words.parameters()} if words is not None else set()
     own = {key for key, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) not in tied}
     return {key: tensor for key, tensor in (content.weights if content else {}).items() if key in own}
+
+
+def _named_head(model: "ModelWithFlexibleHeadsAdaptersMixin", name: str, model_class: str, asked: str) -> Tensors:
+    from ...heads.convert import WORD_TYPES, static_head
+
+    config = model.heads[name].config
+    if config["head_type"] in WORD_TYPES:
+        return {}
+    own = static_head(model_class, model.config, model.head_types)
+    if own is None or (difference := own.difference(config)):
+        reason = f"{model_class} has no such head" if own is None else difference
+        raise CheckpointError(
+            f"{asked}: the head {name!r} cannot be one of transformers: {reason}; pass with_head=False."
+        )
+    state = model.heads[name].state_dict()
+    return {key: weights.copied(state[place]) for key, place in own.keys.items()}
 
 
 def _saved_module(model: "ModelAdaptersMixin", key: str) -> str:
