@@ -5,12 +5,13 @@ Without it a batch that is shared by n adapters costs n small calls at every sit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .composition import Block
 from .derived import Derived
 from .signals import Signal
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .method import AdapterModule
 
 S = TypeVar("S", bound=Signal)
+GROUPS = 64
+"""Of so many blocks the groups are kept at a site."""
 ROWS_PER_MODULE = 4
 """Up to so many rows for each adapter, a copy of its parameters for each row is faster than a call for each adapter."""
 

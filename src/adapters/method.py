@@ -32,7 +32,9 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
     container: the name under which such modules stand in a state dict (``<site>.<container>.<adapter>.…``);
     shared_container: the same for what the modules of one adapter share, at the base model;
     name, layer, location, order: whose module this is and where, and the site's number, set by the site;
-    transforms_input: at a linear map, ``transform_input`` says what the map is given in place of x.
+    transforms_input: at a linear map, ``transform_input`` says what the map is given in place of x;
+    changes_weight: at a linear map, whether it changes the weight and nothing else, so that where it acts alone the map
+    is computed with ``replaced_weight`` and ``forward`` is not called, as long as ``replaces_weight`` says so.
     """
 
     common: ClassVar[tuple[str, ...]] = ()
@@ -43,6 +45,7 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
     order: int
     shared_container: ClassVar[str] = "shared_parameters"
     transforms_input: ClassVar[bool] = False
+    changes_weight: ClassVar[bool] = False
     site_type: ClassVar[type[Site]]
 
     @classmethod
@@ -70,6 +73,15 @@ class AdapterModule(nn.Module, ABC, Generic[S]):
         ``forward`` is called all the same, with a signal that is ``transformed``. In a block, and at a slice of a fused
         map, it is called with a signal that is not, and adds to Wx.
         """
+        raise NotImplementedError
+
+    @property
+    def replaces_weight(self) -> bool:
+        """Whether ``replaced_weight`` says all that it does at this moment; dropout of its input, say, forbids it."""
+        return self.changes_weight
+
+    def replaced_weight(self, weight: Tensor) -> Tensor:
+        """(out, in) what the map is computed with in place of its weight, where this adapter acts alone."""
         raise NotImplementedError
 
     @classmethod

@@ -99,6 +99,8 @@ class LinearUpdate(LinearMethod):
     ΔW is computed once for each pass with gradients; without, it is kept until a parameter changes.
     """
 
+    changes_weight = True
+
     def __init__(self, config: LinearUpdateConfig) -> None:
         super().__init__(config)
         self.dropout = config.dropout
@@ -120,6 +122,15 @@ class LinearUpdate(LinearMethod):
         """See the class."""
         return plus_product(signal, self.dropped(signal.x), self._kept.get("delta", self.sources(), self.delta))
 
+    @property
+    def replaces_weight(self) -> bool:
+        """As long as nothing of the input is dropped."""
+        return not (self.dropout and self.training)
+
+    def replaced_weight(self, weight: Tensor) -> Tensor:
+        """W + ΔW, kept as ΔW is."""
+        return self._kept.get("weight", [weight, *self.sources()], lambda: self.merged_weight(weight))
+
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + ΔW."""
         return weight + self.delta().to(weight.dtype)
@@ -127,6 +138,8 @@ class LinearUpdate(LinearMethod):
 
 class LowRankUpdate(LinearUpdate):
     """y = Wx + up (down x): a change that is applied in two narrow products."""
+
+    changes_weight = False
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -71,9 +71,18 @@ class LoHa(LinearUpdate):
         up = (self.hada_w1_a * self.scale)[:, :, None] * self.hada_w2_a[:, None]
         return down.flatten(0, 1), up.flatten(1)
 
+    @property
+    def _dropping(self) -> bool:
+        return self.training and (self.config.rank_dropout > 0 or self.config.module_dropout > 0)
+
+    @property
+    def replaces_weight(self) -> bool:
+        """Where ΔW is formed and nothing is dropped."""
+        return super().replaces_weight and not self.narrow and not self._dropping
+
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        dropping = self.training and (self.config.rank_dropout > 0 or self.config.module_dropout > 0)
+        dropping = self._dropping
         x = self.dropped(signal.x).to(self.hada_w1_a.dtype)
         outputs = len(self.hada_w1_a)
         if self.narrow:

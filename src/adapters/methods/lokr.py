@@ -76,6 +76,8 @@ class LoKr(LinearUpdate):
     Start: identity (W₁ = 0, or W₂ = 0 with "lycoris") unless ``init_weights="random"``. Merges: yes.
     """
 
+    changes_weight = False
+
     def __init__(self, config: LoKrConfig, site: LinearSite, shared: Any = None) -> None:
         super().__init__(config)
         self.config, self.scale = config, config.alpha / config.r

@@ -63,6 +63,8 @@ class MiSS(LinearMethod):
     Merges: yes. In a block it adds its change.
     """
 
+    changes_weight = True
+
     def __init__(self, config: MiSSConfig, site: LinearSite, shared: nn.Module | None = None) -> None:
         super().__init__(config)
         self.site, self.config = site, config
@@ -102,6 +104,15 @@ class MiSS(LinearMethod):
         missing = -x.shape[-1] % self.config.r
         x = pad(x, (0, missing)) if missing else x
         return plus_product(signal, x.reshape(*x.shape[:-1], -1, self.config.r).sum(-2), self._up().T)
+
+    @property
+    def replaces_weight(self) -> bool:
+        """For "bat", as long as nothing of the input is dropped."""
+        return self.config.variant == "bat" and not (self.config.dropout and self.training)
+
+    def replaced_weight(self, weight: Tensor) -> Tensor:
+        """W + ΔW, kept until one of its parameters changes."""
+        return self._kept.get("weight", [weight, self.miss_block], lambda: self.merged_weight(weight))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W with the change added."""

@@ -60,6 +60,8 @@ class RandomBases(nn.Module):
     randlora_A: Tensor
     randlora_B: Tensor
 
+    changes_weight = True
+
     def __init__(self, config: RandLoRAConfig, sites: Sequence[LinearSite]) -> None:
         super().__init__()
         narrow = max(min(site.inputs, site.outputs) for site in sites)
@@ -89,6 +91,8 @@ class RandLoRA(LowRankUpdate):
     Site: LinearSite. Parameters, for d = min(in, out) and N = ⌈d / r⌉: randlora_lambda (r, N), randlora_gamma (N, d).
     Start: identity (Λ = 0). Merges: yes.
     """
+
+    changes_weight = True
 
     def __init__(self, config: RandLoRAConfig, site: LinearSite, shared: RandomBases) -> None:
         super().__init__(config)
@@ -120,10 +124,18 @@ class RandLoRA(LowRankUpdate):
         fixed = bases.randlora_B[: self.wide, : weights.numel()].to(dtype)  # (wide, N r), columns in any order
         return (weighted, fixed) if self.widening else (fixed.T, weighted.T)
 
+    @property
+    def _tracked(self) -> bool:
+        return torch.is_grad_enabled() and self.randlora_lambda.requires_grad
+
+    @property
+    def replaces_weight(self) -> bool:
+        """Without gradients, when ΔW is kept."""
+        return not self._tracked
+
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        tracked = torch.is_grad_enabled() and self.randlora_lambda.requires_grad
-        if tracked and self._narrow_is_cheaper(signal.x.shape[:-1].numel()):
+        if self._tracked and self._narrow_is_cheaper(signal.x.shape[:-1].numel()):
             return super().forward(signal)
         delta = self._kept.get("delta", self.sources(), self.delta)
         return plus_product(signal, self.dropped(signal.x).to(delta.dtype), delta)
