@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import config, disturb, inputs, plain
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
 
@@ -475,6 +476,33 @@ def test_a_named_head_becomes_one_of_peft(labels: int, tmp_path) -> None:
     encoder.load_state_dict(own)
     theirs = peft.PeftModel.from_pretrained(encoder, tmp_path / "bare").eval()
     torch.testing.assert_close(logits(theirs, "bert"), logits(model.base_model, "bert"), rtol=1e-5, atol=1e-5)
+
+
+def test_module_names_of_transformers_4(tmp_path) -> None:
+    """A file that was made when ViT's modules had other names."""
+    theirs = trained("vit", peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], **CLS))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    former = {"vit.layers": "vit.encoder.layer", "attention.q_proj": "attention.attention.query"}
+    former["mlp.fc1"] = "intermediate.dense"
+    tensors = load_file(file)
+    for now, then in former.items():
+        tensors = {key.replace(now, then): tensor for key, tensor in tensors.items()}
+    assert sum("vit.encoder.layer" in key for key in tensors) == 8
+    save_file(tensors, file)
+    model = ours("vit", "SEQ_CLS")
+    model.load_adapter(tmp_path, load_as="x", set_active=True)
+    torch.testing.assert_close(logits(model, "vit"), logits(theirs, "vit"), rtol=1e-5, atol=1e-5)
+
+
+def test_a_repository_of_the_hub(tmp_path, monkeypatch) -> None:
+    """It is named by the repository, not by the folder in the cache."""
+    theirs = trained("bert", peft.LoraConfig(**QV))
+    theirs.save_pretrained(tmp_path / "a1b2")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path / "a1b2"))
+    model = ours("bert", "SEQ_CLS")
+    assert model.load_adapter("someone/bert-lora-v1.5", set_active=True) == "bert-lora-v1_5"
+    torch.testing.assert_close(logits(model, "bert"), logits(theirs, "bert"), rtol=1e-5, atol=1e-5)
 
 
 def test_files_of_bin_format_and_the_default_name(tmp_path) -> None:
