@@ -378,7 +378,7 @@ def test_forward_shows_the_inputs_by_name(name):
     model = adapter_model(name)
     names = list(inspect.signature(model.forward).parameters)
     assert names[0] == model.main_input_name and {"head", "return_dict", "kwargs"} <= set(names)
-    assert model.accepts_loss_kwargs is False
+    assert model.accepts_loss_kwargs is False  # as long as no language modeling head is active
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)

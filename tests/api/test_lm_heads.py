@@ -17,9 +17,11 @@ from head_models import (
     with_lm_head,
 )
 from torch import nn
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
+import adapters
 import adapters.composition as ac
-from adapters import AutoAdapterModel
+from adapters import AdapterTrainer, AutoAdapterModel
 
 LM_HEADS = [(n, k) for n, k in OFFERED if k in ("masked_lm", "causal_lm", "seq2seq_lm")]
 # transformers itself does not save a resized BART with untied weights completely.
@@ -142,3 +144,57 @@ def test_generate_takes_the_head_as_forward_does(name):
     expected = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     model.add_classification_head("c")
     assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False, head="lm"), expected)
+
+
+@pytest.mark.parametrize(("name", "kind"), LM_HEADS)
+def test_the_loss_counts_the_items_that_the_trainer_counted(name, kind):
+    model = adapter_model(name)
+    ADD["classification"](model, "c")
+    assert not model.accepts_loss_kwargs
+    ADD[kind](model, "lm")
+    assert model.accepts_loss_kwargs
+    labels = LABELS[kind]["labels"]
+    counted = labels[:, 1:] if kind == "causal_lm" else labels
+    items = int((counted != -100).sum())
+    mean = model(**batch(name), labels=labels).loss
+    for given in (items, torch.tensor(items)):
+        torch.testing.assert_close(model(**batch(name), labels=labels, num_items_in_batch=given).loss, mean)
+    torch.testing.assert_close(model(**batch(name), labels=labels, num_items_in_batch=2 * items).loss, mean / 2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
+def test_trainers_loss_is_that_of_the_static_language_model(name, smoothing, tmp_path):
+    model, static = with_lm_head(name)
+    collate = DataCollatorForSeq2Seq(Padded(), model) if name in ENCODER_DECODERS else None
+    rows = [{"input_ids": [5, 6, 7, 8 + i], "attention_mask": [1] * 4, "labels": [5, 6, 7, 8 + i]} for i in range(4)]
+    losses = []
+    for candidate in (static, model):
+        adapters.init(candidate)
+        candidate.add_adapter("a", "lora[init_weights='ia3']")
+        candidate.train_adapter("a")
+        candidate.eval()
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            label_smoothing_factor=smoothing,
+            report_to="none",
+            save_strategy="no",
+        )
+        trainer = AdapterTrainer(candidate, arguments, train_dataset=rows, data_collator=collate)
+        losses.append(trainer.train().training_loss)
+    # Trainer does not know by GPT-2's class that its labels are shifted, and counts four of three items; and it thinks
+    # that encoder-decoders divide by the number of items, which they ignore.
+    factor = 3 / 4 if name == "gpt2" else 2 if name in ENCODER_DECODERS and not smoothing else 1
+    assert losses[0] == pytest.approx(losses[1] * factor, rel=1e-5)
+
+
+class Padded:
+    """What the collator asks of a tokenizer: the rows have one length already."""
+
+    padding_side = "right"
+
+    def pad(self, features, **kwargs):
+        return {key: torch.tensor([row[key] for row in features]) for key in features[0]}

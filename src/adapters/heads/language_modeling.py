@@ -86,23 +86,33 @@ class CausalLMHead(PredictionHead):
         return_dict: bool = False,
         labels: torch.Tensor | None = None,
         invertible_adapter: Inverse | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
-        """Logits and loss from the base model's output."""
+        """Logits and loss from the base model's output; see ``loss`` for ``num_items_in_batch``."""
         hidden = outputs[0]
         for layer in list(self)[:-1]:
             hidden = layer(hidden)
         if invertible_adapter is not None:
             hidden = invertible_adapter(hidden, rev=True)
         logits = self[-1](hidden)
-        loss = None if labels is None else self.loss(logits, labels)
+        loss = None if labels is None else self.loss(logits, labels, num_items_in_batch)
         return self.result(self.output_kind(outputs), outputs, return_dict, loss=loss, logits=logits)
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy over the labelled tokens, in single precision."""
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Mean cross entropy over the labelled tokens, in single precision; or their sum by the number of all items.
+
+        With gradient accumulation the Trainer counts the labelled tokens of all steps and gives this number.
+        """
         if self.config["shift_labels"]:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+        scores, targets = logits.flatten(0, 1).float(), labels.flatten()
+        if num_items_in_batch is None:
+            return nn.functional.cross_entropy(scores, targets, ignore_index=IGNORED)
+        total = nn.functional.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
+        return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
     def output_kind(self, outputs: ModelOutput) -> type[ModelOutput]:
         """The output class: with a cache if the base model returned one."""

@@ -30,6 +30,7 @@ __all__ = ["MODEL_HEAD_MAP", "ModelWithFlexibleHeadsAdaptersMixin"]
 
 logger = logging.getLogger(__name__)
 
+HEAD_INPUTS = ("num_items_in_batch",)
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -42,9 +43,6 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
 
     # The base model repeats its inputs for Parallel; the heads then take their rows of its outputs.
     repeats_inputs = False
-
-    # The loss of a head is a mean over its batch: the Trainer scales it for gradient accumulation.
-    accepts_loss_kwargs = False
 
     # The base model's forward arguments: the named ones in order, and all that it accepts.
     forward_parameters: ClassVar[tuple[str, ...]] = ()
@@ -96,6 +94,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
             self.config.id2label = self.get_labels_dict(head)
         else:
             self._active_heads = head if isinstance(head, Block) else list(head or []) or None
+        self.loss_type = self._loss_type()
 
     def set_active_adapters(self, adapter_setup: Any, skip_layers: list[int] | None = None) -> None:
         """Activates adapters, and the heads of the same names if the model has them all.
@@ -234,6 +233,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
         pooled = outputs.get("pooler_output")
         if scales_for_heads(self.config):  # what heads read, not the sentence vector
             outputs = type(outputs)(**{**outputs, "last_hidden_state": outputs[0] * self.config.d_model**-0.5})
+        own = {key: value for key, value in inputs.items() if key in HEAD_INPUTS or key not in self._base_inputs}
         return self.heads[name](
             outputs,
             cls_output=sentence,
@@ -241,7 +241,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
             return_dict=True,
             pooled_output=pooled,
             invertible_adapter=inverse,
-            **{key: value for key, value in inputs.items() if key not in self._base_inputs},
+            **own,
         )
 
     def average_head(

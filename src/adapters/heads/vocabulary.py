@@ -15,15 +15,30 @@ class VocabularyHeads(HeadAdder):
 
     _active_heads: HeadSetup
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss counts all items of a step, as that of language models does; others are a batch's mean."""
+        heads = self._active()
+        return bool(heads) and all(isinstance(head, CausalLMHead) for head in heads)
+
+    def _loss_type(self) -> str | None:
+        """transformers' name of a loss whose labels are the next tokens, which Trainer counts one less of."""
+        heads = self._active()
+        shifts = bool(heads) and all(head.config.get("shift_labels") for head in heads)
+        return "ForCausalLM" if shifts else None
+
+    def _active(self) -> list[PredictionHead]:
+        return [self.heads[name] for name in HeadPlan.of(self._active_heads).names]
+
     def get_output_embeddings(self) -> nn.Linear | list[nn.Linear | None] | None:
         """The active head's map onto the vocabulary, or None; a list of them if several heads are active."""
-        found = [self.heads[name].get_output_embeddings() for name in HeadPlan.of(self._active_heads).names]
+        found = [head.get_output_embeddings() for head in self._active()]
         return found if len(found) > 1 else found[0] if found else None
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replaces the map onto the vocabulary of the active language modeling heads."""
-        for name in HeadPlan.of(self._active_heads).names:
-            if isinstance(head := self.heads[name], CausalLMHead):
+        for head in self._active():
+            if isinstance(head, CausalLMHead):
                 head.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(

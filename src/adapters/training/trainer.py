@@ -20,9 +20,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
 
 from ..errors import AdapterError, CheckpointError, listing
+from ..heads.base import PredictionHead
 from ..heads.dispatch import HeadPlan
 from ..heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
 from ..methods.adalora import orthogonality_loss, update_and_allocate
@@ -97,6 +99,8 @@ class AdapterTrainer(Trainer):
                 quantized.is_quantized = True
             self._posing = None
         self.label_names = self.label_names or self._labels_of_heads()
+        if self.label_smoother is not None and any(head.config.get("shift_labels") for head in self._heads()):
+            self.label_smoother = ShiftingLabelSmoother(self.label_smoother.epsilon)
 
     def _admit(self, model: PreTrainedModel | nn.Module) -> PreTrainedModel:
         """Checks that the model can be trained here, and activates `adapter_names`."""
@@ -119,12 +123,15 @@ class AdapterTrainer(Trainer):
             cast(Any, model).is_quantized = False
         return model
 
-    def _labels_of_heads(self) -> list[str]:
-        """The labels that the active heads ask for: no signature shows them, as an AdapterModel takes any label."""
+    def _heads(self) -> list[PredictionHead]:
+        """The active heads."""
         if not isinstance(self.model, ModelWithFlexibleHeadsAdaptersMixin):
             return []
-        heads = [self.model.heads[name] for name in HeadPlan.of(self.model.active_head).names]
-        return list(dict.fromkeys(label for head in heads for label in head.get_label_names()))
+        return [self.model.heads[name] for name in HeadPlan.of(self.model.active_head).names]
+
+    def _labels_of_heads(self) -> list[str]:
+        """The labels that the active heads ask for: no signature shows them, as an AdapterModel takes any label."""
+        return list(dict.fromkeys(label for head in self._heads() for label in head.get_label_names()))
 
     @property
     def _adapted(self) -> ModelAdaptersMixin:
@@ -219,6 +226,16 @@ class AdapterTrainer(Trainer):
         checkpoint = str(self.state.best_model_checkpoint)
         logger.info("Loading best adapter(s) from %s (score: %s)", checkpoint, self.state.best_metric)
         load_trained(self._adapted, checkpoint)
+
+
+class ShiftingLabelSmoother(LabelSmoother):
+    """Label smoothing where labels are the next tokens: Trainer knows the models that do so by their class names."""
+
+    def __call__(self, model_output: Any, labels: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss."""
+        smoothed: Any = super().__call__
+        loss: torch.Tensor = smoothed(model_output, labels, **{**kwargs, "shift_labels": True})
+        return loss
 
 
 class Seq2SeqAdapterTrainer(AdapterTrainer, Seq2SeqTrainer):
