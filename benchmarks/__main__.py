@@ -25,6 +25,7 @@ from .models import (
     BERT_BASE,
     MINILM,
     TINY,
+    TWO_LAYERS,
     Shape,
     adapted,
     forward,
@@ -51,7 +52,7 @@ Row = tuple[str, ...]
 def main() -> None:
     """Measure everything, report it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10, help="how often all is timed (batch 1: four times that)")
+    parser.add_argument("--rounds", type=int, default=6, help="how often all is timed (batch 1: four times that)")
     parser.add_argument("--shapes", nargs="*", choices=["MiniLM", "BERT-base"], help="only these (default: both)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the command out")
     parser.add_argument(
@@ -70,7 +71,11 @@ def main() -> None:
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     parts: list[str] = [HEADER.format(command=command, machine=machine(), length=LENGTH)]
     parts += [] if by_methods else [VARIANTS_NOTE]
-    measured = by_method(shapes[0], arguments) if by_methods else measure(shapes, arguments.rounds)
+    measured = (
+        by_method(TINY if arguments.tiny else TWO_LAYERS, arguments)
+        if by_methods
+        else measure(shapes, arguments.rounds)
+    )
     for part in measured:
         print(part, flush=True)
         parts.append(part)
@@ -81,7 +86,7 @@ def main() -> None:
 def by_method(shape: Shape, arguments: argparse.Namespace) -> Iterator[str]:
     """One table of all methods."""
     rows = table_of_methods(shape, arguments.rounds, arguments.reference, arguments.methods)
-    yield f"## Methods, {shape.name} shape, batch 8\n\n{METHODS_NOTE}\n{table([tuple(row) for row in rows])}"
+    yield f"## Methods, {shape.name}, batch 8\n\n{METHODS_NOTE}\n{table([tuple(row) for row in rows])}"
 
 
 def measure(shapes: list[Shape], rounds: int) -> Iterator[str]:

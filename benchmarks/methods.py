@@ -20,7 +20,7 @@ from torch import nn
 
 import adapters
 
-from .models import MINILM, TINY, Shape, forward, inputs, sharing, training_step
+from .models import TINY, TWO_LAYERS, Shape, forward, inputs, sharing, training_step
 from .timing import interleaved
 
 LENGTH, BATCH = 128, 8
@@ -184,11 +184,11 @@ def main() -> None:
     """Measure the installed adapters, and print the ratios to the frozen model."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--shape", choices=[MINILM.name, TINY.name], default=MINILM.name)
+    parser.add_argument("--shape", choices=[TWO_LAYERS.name, TINY.name], default=TWO_LAYERS.name)
     parser.add_argument("methods", nargs="*", help="only these (default: all)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    shape = TINY if arguments.shape == TINY.name else MINILM
+    shape = TINY if arguments.shape == TINY.name else TWO_LAYERS
     found = {}
     for name in arguments.methods or METHODS:
         method = METHODS[name]

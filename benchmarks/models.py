@@ -35,6 +35,7 @@ class Shape:
 
 
 MINILM, BERT_BASE = Shape("MiniLM", 384, 6, 12), Shape("BERT-base", 768, 12, 12)
+TWO_LAYERS = Shape("two layers of MiniLM", 384, 2, 12, vocabulary=1000)  # what a method costs, it costs in each layer
 TINY = Shape("tiny", 32, 2, 4, vocabulary=100)
 METHODS = {"LoRA": "lora[r=8]", "bottleneck": "seq_bn", "prefix": "prefix_tuning"}
 
