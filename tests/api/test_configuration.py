@@ -91,15 +91,15 @@ FIELDS = {
     "phm_dim factorized_phm_W shared_W_phm shared_phm_rule factorized_phm_rule phm_c_init phm_init_range learn_phm "
     "hypercomplex_nonlinearity phm_rank phm_bias stochastic_depth",
     PrefixTuningConfig: "architecture encoder_prefix cross_prefix leave_out flat prefix_length bottleneck_size "
-    "non_linearity dropout use_gating shared_gating init_weights_seed",
+    "non_linearity dropout use_gating shared_gating init_weights_seed shift_positions",
     PromptTuningConfig: "architecture prompt_length prompt_init prompt_init_text combine init_weights_seed "
     "random_uniform_scale placement tokenizer_name_or_path",
     LoRAConfig: "architecture selfattn_lora intermediate_lora output_lora leave_out r alpha dropout attn_matrices "
     "composition_mode init_weights init_weights_seed use_gating use_dora vera_d vera_b dtype "
-    "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy",
+    "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy target_modules scaled_inputs",
     MTLLoRAConfig: "architecture selfattn_lora intermediate_lora output_lora leave_out r alpha dropout attn_matrices "
     "composition_mode init_weights init_weights_seed use_gating use_dora vera_d vera_b dtype "
-    "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy n_up_projection "
+    "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy target_modules scaled_inputs n_up_projection "
     "task_specific_matrix_type weights_sharpness",
     ReftConfig: "layers prefix_positions suffix_positions r orthogonality tied_weights dropout non_linearity dtype "
     "architecture output_reft init_weights_seed subtract_projection leave_out",
