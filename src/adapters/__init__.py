@@ -38,7 +38,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "auto": ("ADAPTER_MODEL_MAPPING", "AutoAdapterModel"),
     "training": (
         "AdapterArguments", "AdapterTrainingArguments", "Seq2SeqAdapterTrainingArguments", "loraplus_groups",
-        "setup_adapter_training",
+        "prepare_quantized_training", "setup_adapter_training",
     ),
     "trainer": ("AdapterTrainer", "AdapterTrainerCallback", "Seq2SeqAdapterTrainer"),
     "checkpoints.hub": ("AdapterInfo", "get_adapter_info", "list_adapters"),

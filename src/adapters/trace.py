@@ -237,7 +237,7 @@ def _of_block(watcher: Watcher, block: Block) -> dict[str, Sublayer]:
 def watch(watcher: Watcher, model: nn.Module, blocks: list[Block]) -> None:
     """Let `watcher` see one pass of a model."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
     cross = any(core.role == "cross_attention" for block in blocks for core in block.cores)
     try:
         inputs = _inputs(model, torch.device("meta"), cross)

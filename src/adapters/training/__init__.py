@@ -3,6 +3,7 @@
 from .arguments import AdapterArguments, setup_adapter_training
 from .legacy_arguments import AdapterTrainingArguments, Seq2SeqAdapterTrainingArguments
 from .loraplus import loraplus_groups
+from .quantised import prepare_quantized_training
 from .trainer import AdapterTrainer, AdapterTrainerCallback, Seq2SeqAdapterTrainer
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "Seq2SeqAdapterTrainer",
     "Seq2SeqAdapterTrainingArguments",
     "loraplus_groups",
+    "prepare_quantized_training",
     "setup_adapter_training",
 ]
