@@ -99,8 +99,8 @@ FIELDS = {
     "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy target_modules scaled_inputs",
     MTLLoRAConfig: "architecture selfattn_lora intermediate_lora output_lora leave_out r alpha dropout attn_matrices "
     "composition_mode init_weights init_weights_seed use_gating use_dora vera_d vera_b dtype "
-    "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy target_modules scaled_inputs n_up_projection "
-    "task_specific_matrix_type weights_sharpness",
+    "use_rslora rank_pattern alpha_pattern lora_bias embedding_lora lm_head_lora legacy target_modules scaled_inputs "
+    "n_up_projection task_specific_matrix_type weights_sharpness",
     ReftConfig: "layers prefix_positions suffix_positions r orthogonality tied_weights dropout non_linearity dtype "
     "architecture output_reft init_weights_seed subtract_projection leave_out",
     AdapterFusionConfig: "key query value query_before_ln regularization residual_before temperature "
