@@ -130,8 +130,8 @@ class RandLoRA(LowRankUpdate):
 
     @property
     def replaces_weight(self) -> bool:
-        """Without gradients, when ΔW is kept."""
-        return not self._tracked
+        """Without gradients, when ΔW is kept, and as long as nothing of the input is dropped."""
+        return super().replaces_weight and not self._tracked
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""

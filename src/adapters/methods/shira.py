@@ -17,7 +17,8 @@ from .linear_method import LinearUpdate, LinearUpdateConfig
 class SHiRAConfig(LinearUpdateConfig):
     """Changes of r (in + out) randomly chosen entries of each weight. Bhardwaj et al. 2024, arXiv:2406.13175.
 
-    ``random_seed`` draws the entries, the same at every map of one shape; None draws them anew at each.
+    ``random_seed`` (without one, ``init_weights_seed``) draws the entries, the same at every map of one shape; without
+    either they are drawn anew at each.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -64,7 +65,7 @@ class SHiRA(LinearUpdate):
             )
         self.shira_weight = self.new(number)
         nn.init.zeros_(self.shira_weight)
-        with seeded(config.random_seed):
+        with seeded(config.init_weights_seed if config.random_seed is None else config.random_seed):
             chosen = torch.randperm(size)[:number].sort().values
         indices = torch.stack([chosen // site.inputs, chosen % site.inputs])
         self.register_buffer("shira_indices", indices.int())
