@@ -38,7 +38,7 @@ UNSAVED = ("subtract_projection", "random_uniform_scale")
 
 LIBRARY = "adapters."
 LORA_SCALING_FIXED = Version("1.1.0")
-GATED_LORA_SCALING_FIXED = LORA_VARIANTS_FIXED = Version("2.0.0.dev0")
+GATED_LORA_SCALING_FIXED = LORA_VARIANTS_FIXED = CROSS_ADAPTERS_FIXED = Version("2.0.0.dev0")
 
 
 def upgraded_weights(weights: Weights) -> Weights:
@@ -119,7 +119,7 @@ def _upgraded(config: Mapping[str, Any], full: Mapping[str, Any], weights: Weigh
     _flatten_invertible(config, full, weights)
     _fix_lora_scaling(config, full, file)
     _mark_lora_variants(config, full, file)
-    _fix_cross_adapter(config, full, weights)
+    _fix_cross_adapter(config, full, weights, file)
     return _known(config, file)
 
 
@@ -174,8 +174,10 @@ def _written_by(full: Mapping[str, Any], file: Path) -> Version | None:
         raise CheckpointError(f"{str(file)!r}: 'version' is {version!r}, not like 'adapters.1.3.0'.") from error
 
 
-def _fix_cross_adapter(config: dict[str, Any], full: Mapping[str, Any], weights: Weights) -> None:
+def _fix_cross_adapter(config: dict[str, Any], full: Mapping[str, Any], weights: Weights, file: Path) -> None:
     """In BERT-like decoders 1.x puts modules after cross-attention if `mh_adapter` is set, not `cross_adapter`."""
+    if (written := _written_by(full, file)) is not None and written >= CROSS_ADAPTERS_FIXED:
+        return
     if names.family_of(full.get("model_type", "")) is names.BERT and "mh_adapter" in config:
         config["cross_adapter"] = any(".crossattention.output.adapters." in key for key in weights)
 
