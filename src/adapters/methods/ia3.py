@@ -1,11 +1,14 @@
 """(IA)³: learned vectors that scale the outputs of linear maps."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..configuration.registry import register_config, register_preset
+from ..grouping import Group, per_row
 from ..method import register
 from ..signals import LinearSignal
 from ..sites import LinearSite
@@ -59,6 +62,18 @@ class IA3(LinearChange):
         factor, gate = self.lora_B.T[0], self.opened(signal)
         factor = factor if self.scale == 1 else factor * self.scale
         factor = factor if gate is None else factor * gate[:, None]
+        return replace(signal, output=signal.output * factor.to(signal.output.dtype))
+
+    def group_key(self) -> Hashable:
+        """Without a gate."""
+        return (self.lora_B.shape, self.lora_B.dtype, self.scale) if self.gate is None else None
+
+    @classmethod
+    def grouped(cls, group: Group, signal: LinearSignal, index: Tensor | None) -> LinearSignal:
+        """See the class."""
+        first: Any = group.modules[0]
+        factors = group.stacked("lora_B")[..., 0] * first.scale
+        factor = per_row(factors, index, len(signal))[:, None]
         return replace(signal, output=signal.output * factor.to(signal.output.dtype))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
