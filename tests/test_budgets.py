@@ -62,7 +62,7 @@ ORDER += [
     "heads",
     "exporting",
 ]
-ORDER += ["auto", "training", "trainer", "cli"]
+ORDER += ["auto", "models", "training", "trainer", "cli"]
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 
 

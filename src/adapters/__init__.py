@@ -42,7 +42,6 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "trainer": ("AdapterTrainer", "AdapterTrainerCallback", "Seq2SeqAdapterTrainer"),
     "checkpoints.hub": ("AdapterInfo", "get_adapter_info", "list_adapters"),
-    "checkpoints.hub": ("AdapterInfo", "get_adapter_info", "list_adapters"),
     "errors": ("AdapterError", "CheckpointError", "CompositionError", "ConfigError", "UnknownAdapterError"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -59,5 +58,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """All public names."""
-    return sorted({*globals(), *__all__})
+    """All public names, and ``XAdapterModel`` for every architecture X."""
+    auto = importlib.import_module(f"{__name__}.auto")
+    return sorted({*globals(), *__all__, *auto.class_names()})

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import TransformersKwargs
 
 from .errors import AdapterError, listing
@@ -267,6 +268,19 @@ class AutoAdapterModel(_BaseAutoModelClass):
     """
 
     _model_mapping: Any = ADAPTER_MODEL_MAPPING
+
+
+def class_names() -> list[str]:
+    """The names of all ``XAdapterModel``, without making them."""
+    names = (
+        config.removesuffix("Config") for kind, config in CONFIG_MAPPING_NAMES.items() if kind in MODEL_MAPPING_NAMES
+    )
+    return sorted({f"{name}{SUFFIX}" for name in names})
+
+
+def __dir__() -> list[str]:
+    """All public names, for completion."""
+    return sorted({*globals(), *class_names()})
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

@@ -1,6 +1,7 @@
 """AutoAdapterModel and the XAdapterModel classes made from one factory."""
 
 import copy
+import importlib
 import pickle
 import subprocess
 import sys
@@ -70,6 +71,33 @@ def test_every_class_of_1x_is_importable_by_name(name):
     assert kind.base_model_prefix == CLASSES[name] and kind is getattr(adapters, name)
     assert pickle.loads(pickle.dumps(kind)) is kind
     assert ADAPTER_MODEL_MAPPING[kind.config_class] is kind and kind.base_class is MODEL_MAPPING[kind.config_class]
+
+
+def test_names_are_listed_for_completion():
+    listed = dir(adapters)
+    assert {*CLASSES, "Qwen2AdapterModel", "AutoAdapterModel"} <= {*listed} and len(listed) == len({*listed})
+    classes = [name for name in listed if name.endswith("AdapterModel") and name != "AutoAdapterModel"]
+    assert len(classes) > 300 and {*classes} <= {*dir(importlib.import_module("adapters.models"))}
+    assert issubclass(getattr(adapters, classes[-1]), PreTrainedModel)
+
+
+PATHS = {
+    "adapters.models.deberta_v2": "DebertaV2AdapterModel",
+    "adapters.models": "BertAdapterModel",
+    "adapters.models.auto": "AutoAdapterModel",
+    "adapters.models.auto.adapter_model": "ADAPTER_MODEL_MAPPING",
+    "adapters.models.bert": "BertAdapterModel",
+    "adapters.models.xlm_roberta.adapter_model": "XLMRobertaAdapterModel",
+    "adapters.heads.base": "PredictionHead",
+    "adapters.heads.dependency_parsing": "BiaffineParsingHead",
+}
+
+
+def test_paths_of_1x_lead_to_the_same_classes():
+    """In a process that has imported none of them before."""
+    lines = [f"from {path} import {name}; assert {name} is adapters.{name}" for path, name in PATHS.items()]
+    code = "\n".join(["import adapters", *lines])
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", HEAD_TYPES)
