@@ -61,7 +61,7 @@ D8 = {"t5": "D8: 1.x shifts T5's position bias by the length of the prefix"}
 LEFT_OUT = {
     "Average of anything": "A1: 1.x divides by the number of children twice",
     "Average of prefixes, Fuse or Split of LoRAs or prefixes": "A10: 1.x raises NotImplementedError",
-    "Stack in Parallel or BatchSplit": "A2: 1.x applies the block's norm and residual twice",
+    "Stack in Parallel, BatchSplit or Fuse": "A2: 1.x applies the block's norm and residual twice",
     "Stack of LoRAs": "A3: 1.x hands the first one's delta to the second",
     "Stack of a sequential or parallel and a parallel bottleneck": "A4: in 1.x only the last one acts",
     "Stack of a parallel and a sequential bottleneck": "A4: 1.x drops the output of the sub-layer itself",
@@ -211,6 +211,10 @@ def compositions() -> list[Group]:
     more = halves | stack
     groups = [
         Group("composed_bottlenecks", bottlenecks, blocks, fusions, inputs=COMPOSED),
+        Group("nested_bottlenecks", bottlenecks, {
+            "parallel_batch_split": "Parallel(BatchSplit('a', 'b', batch_sizes=[1, 2]), 'c')",
+            "batch_split_of_three": "BatchSplit('c', 'a', 'b', batch_sizes=[1, 1, 1])",
+        }, {"a,b": "dynamic"}, inputs=COMPOSED, architectures=("bert", "gpt2", "t5")),
         Group("split_bottlenecks", bottlenecks, splits, inputs=UNPADDED, not_on=("vit",)),
         Group("composed_doubles", doubles, more | {"fuse": "Fuse('a', 'b')"}, {"a,b": "static"}, inputs=COMPOSED,
               known_wrong=C1),
