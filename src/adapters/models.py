@@ -6,8 +6,8 @@ All of these paths are this one module, and it has every ``XAdapterModel``.
 import sys
 from typing import Any
 
-from .. import auto
-from ..auto import ADAPTER_MODEL_MAPPING, AutoAdapterModel
+from . import auto
+from .auto import ADAPTER_MODEL_MAPPING, AutoAdapterModel
 
 __all__ = ["ADAPTER_MODEL_MAPPING", "AutoAdapterModel"]
 
