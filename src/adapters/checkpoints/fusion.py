@@ -10,7 +10,7 @@ from ..composition import Fuse
 from ..configuration import AdapterConfig, AdapterFusionConfig
 from ..configuration.hashing import get_adapter_config_hash
 from ..errors import AdapterError, CheckpointError, UnknownAdapterError, listing, suggestion
-from . import files, heads, weights
+from . import files, heads, legacy, weights
 from .adapterhub import Folder, Loaders
 from .files import FUSION, HEAD, Content
 from .placing import Fusions, Saved, all_or_nothing, place
@@ -175,7 +175,7 @@ def read_fusion(
             f"{str(file)!r}: 'name', 'config' or 'adapter_names' is not that of an AdapterFusion. Save it again."
         )
     try:
-        definition = AdapterFusionConfig.from_dict(config), adapters
+        definition = AdapterFusionConfig.from_dict({**legacy.LATER_OF_FUSIONS, **config}), adapters
     except (AdapterError, TypeError) as error:
         raise CheckpointError(f"{str(file)!r}: 'config' cannot be used: {error}") from error
     name = load_as or old

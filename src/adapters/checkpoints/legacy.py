@@ -36,6 +36,8 @@ POOL_ALIAS = re.compile(r"(^|\.)prefix_tuning\.pool\.prefix_tunings\.")
 UNSAVED = ("subtract_projection", "random_uniform_scale")
 """Settings that 1.x computes with and does not save."""
 
+LATER_OF_FUSIONS: Mapping[str, Any] = {"dropout_prob": None}
+"""Settings of a fusion that adapter-transformers 1 did not have."""
 LIBRARY = "adapters."
 LORA_SCALING_FIXED = Version("1.1.0")
 GATED_LORA_SCALING_FIXED = LORA_VARIANTS_FIXED = CROSS_ADAPTERS_FIXED = Version("2.0.0.dev0")
