@@ -30,3 +30,12 @@ def test_methods_are_compared_with_peft(tmp_path):
     subprocess.run([*command, "LoRA", "bottleneck"], cwd=ROOT, env=environment, check=True, capture_output=True)
     rows = [line.split("|") for line in report.read_text("utf-8").splitlines() if line.startswith(("| LoRA", "| bott"))]
     assert [[bool(cell.strip()) for cell in row[2:5]] for row in rows] == [[True, True, False], [True, False, False]]
+
+
+def test_loading_is_compared_with_peft():
+    pytest.importorskip("peft")
+    command = [sys.executable, "-m", "benchmarks.checkpoints", "--tiny", "--rounds=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    assert [line.split(" | ")[0] for line in printed.splitlines()[2:4]] == ["| adapters", "| PEFT"]
+    assert float(printed.split("loaded LoRAs: ")[1].split()[0]) <= 1.05
