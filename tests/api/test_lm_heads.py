@@ -163,7 +163,7 @@ def test_the_loss_counts_the_items_that_the_trainer_counted(name, kind):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
+@pytest.mark.parametrize("name", ["gpt2", "llama", *ENCODER_DECODERS])
 def test_trainers_loss_is_that_of_the_static_language_model(name, smoothing, tmp_path):
     model, static = with_lm_head(name)
     collate = DataCollatorForSeq2Seq(Padded(), model) if name in ENCODER_DECODERS else None
