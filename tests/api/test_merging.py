@@ -338,13 +338,13 @@ REFUSED_OPTIONS = {
 
 def test_refused_strategies_change_nothing() -> None:
     model = with_loras(r=4)
-    for name, config in {
+    for name, settings in {
         "bottle": METHODS["seq_bn"],
         "dora": METHODS["lora"].replace(use_dora=True),
         "pissa": METHODS["lora"].replace(init_weights="pissa"),
         "wide": METHODS["lora"].replace(r=8),
     }.items():
-        model.add_adapter(name, config)
+        model.add_adapter(name, settings)
     before, names = weights_of(model), list(model.adapters_config)
     for message, options in REFUSED_OPTIONS.items():
         with pytest.raises(AdapterError, match=message):
