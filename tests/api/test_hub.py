@@ -257,6 +257,8 @@ def test_pushes_that_fail(hub, published):
         published.push_adapter_to_hub("org/new", "zzz", token=hub.token)
     with pytest.raises(ConfigError, match="'licence'; did you mean 'license'"):
         published.push_adapter_to_hub("org/new", "a", adapter_card_kwargs={"licence": "mit"})
+    with pytest.raises(ConfigError, match="results is 3; give a text, or values by metric"):
+        published.push_adapter_to_hub("org/new", "a", adapter_card_kwargs={"results": 3})
     assert hub.repositories == {}
 
 
@@ -354,6 +356,11 @@ def test_a_failing_url_leaves_the_model(case, hub, tmp_path):
         model.load_adapter(f"{hub.url}/a.zip")
     as_it_was(model, before)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_url_that_is_none():
+    with pytest.raises(CheckpointError, match="the download failed: Invalid IPv6 URL"):
+        base().load_adapter("http://[bad")
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/a.zip"])

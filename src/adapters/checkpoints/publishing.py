@@ -202,9 +202,11 @@ class Card:
         return ModelCardData(library_name="adapters", tags=[*tags], **known).to_yaml()
 
 
-def _table(results: str | Mapping[str, object]) -> str:
+def _table(results: object) -> str:
     if isinstance(results, str):
         return results
+    if not isinstance(results, Mapping):
+        raise ConfigError(f"adapter_card_kwargs: results is {results!r}; give a text, or values by metric.")
     rows = [
         f"| {metric} | {value:.4g} |" if isinstance(value, float) else f"| {metric} | {value} |"
         for metric, value in results.items()

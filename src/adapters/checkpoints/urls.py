@@ -44,7 +44,7 @@ def folder_of(asked: str, url: str, settings: Mapping[str, Any]) -> Path:
             _fetch(asked, response, folder, settings)
     except urllib.error.HTTPError as error:
         raise CheckpointError(f"{asked}: {_meaning(error.code)} (HTTP {error.code} {error.reason}).") from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{asked}: the download failed: {error or type(error).__name__}. Try again.") from error
