@@ -6,7 +6,7 @@ TEXT ?=
 ARGS ?=
 export TEXT
 
-.PHONY: demo classify test check format docs bench clean
+.PHONY: demo classify test matrix check format docs bench clean
 
 demo: .venv/demo.installed  ## train, compare, save, reload, classify (TEXT="…" or standard input)
 	$(BIN)/python examples/demo/demo.py "$$TEXT"
@@ -16,6 +16,9 @@ classify: .venv/demo.installed  ## classify TEXT="…" or standard input with th
 
 test: .venv/test.installed  ## ARGS="-k lora" is passed on to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 $(ARGS)
+
+matrix: .venv/test.installed  ## methods on model types, to docs/architectures.md; ARGS="--types bert vit" for some
+	OMP_NUM_THREADS=1 $(BIN)/python tests/architectures/matrix.py --output docs/architectures.md $(ARGS)
 
 check: .venv/check.installed
 	$(BIN)/ruff check

@@ -75,12 +75,13 @@ def general(reason: str) -> str:
     return re.sub(r"\d+", "N", reason).replace("|", "/")[:300]
 
 
-def page(found: dict[str, Row], checks: int) -> str:
+def page(found: dict[str, Row], checks: int, note: str) -> str:
     """docs/architectures.md."""
     built = {model_type: row for model_type, row in found.items() if "" not in row}
     methods = [method for method in METHODS if any(method in row for row in built.values())]
     counts = {method: counted(built)[method] for method in methods}
-    reasons = Counter((kind, general(why)) for row in built.values() for kind, why in row.values() if kind != "works")
+    seen = [cell for row in built.values() for cell in row.values()]
+    reasons = Counter((kind, general(why)) for kind, why in seen if kind != "works")
     numbers = {reason: number for number, (reason, _) in enumerate(reasons.most_common(), 1)}
     every = sum(counts.values(), Counter())
     meant = Counter({kind: every[kind] for kind in ("works", "fails")})
@@ -88,10 +89,12 @@ def page(found: dict[str, Row], checks: int) -> str:
     lines = [
         "# Which method works on which architecture",
         "",
-        "Written by `make matrix` (tests/architectures/matrix.py): a tiny random model of every type in transformers'",
-        f"config mapping, {len(found)} types, of which {len(built)} can be built and run here; on each of them each",
-        f"method goes through the checks {done} of tests/architectures/cells.py. ✓: all of them hold. –: the method is",
-        "refused by an `AdapterError` that says why. ✗: a check fails. The number is that of the reason, below.",
+        f"Written by `make matrix` (tests/architectures/matrix.py) from tiny random models of {len(found)} of",
+        f"the {len(CONFIG_MAPPING_NAMES)} types in transformers' config mapping; {len(built)} were built and run.",
+        f"Each method went through the checks {done} of",
+        "tests/architectures/cells.py. ✓: all of them hold. –: the method is refused by an `AdapterError` that says",
+        "why. ✗: a check fails. The number is that of the reason. Types that are not listed were not run.",
+        note,
         "",
         f"Of {every.total()} cells {every['works']} work ({share(every, 'works')}), {every['refused']} are refused and",
         f"{every['fails']} fail; of those that are not refused {share(meant, 'works')} work.",
@@ -127,12 +130,20 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=len(CHECKS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, nargs="*", default=[])
+    parser.add_argument("--note", default="", help="how the types were chosen")
+    parser.add_argument("--input", type=Path, help="a JSON of a former run, to be written as a page")
     arguments = parser.parse_args()
-    found = rows(arguments.types, tuple(arguments.methods), arguments.checks, arguments.processes)
+    found = (
+        json.loads(arguments.input.read_text("utf-8"))
+        if arguments.input
+        else rows(arguments.types, tuple(arguments.methods), arguments.checks, arguments.processes)
+    )
     for method, counts in counted(found).items():
         print(method, dict(counts))
     for output in arguments.output:
-        text = json.dumps(found, indent=1) if output.suffix == ".json" else page(found, arguments.checks)
+        text = (
+            json.dumps(found, indent=1) if output.suffix == ".json" else page(found, arguments.checks, arguments.note)
+        )
         output.write_text(text, "utf-8")
 
 
