@@ -48,7 +48,9 @@ def runs(page):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks by the old name
-@pytest.mark.parametrize("page", ["architecture", "composition", "heads", "merging", "migrating", "quantised-training"])
+@pytest.mark.parametrize(
+    "page", ["architecture", "checkpoints", "composition", "heads", "merging", "migrating", "quantised-training"]
+)
 def test_the_snippets_of_a_page_run_in_order(page, offline):
     runs(page)
 
@@ -56,7 +58,15 @@ def test_the_snippets_of_a_page_run_in_order(page, offline):
 def test_every_page_with_snippets_runs():
     pages = {page for page, text in PAGES.items() if SNIPPET.search(text)}
     own = {"adding-a-method", "quickstart", "training"}  # tested by themselves
-    assert pages - own == {"architecture", "composition", "heads", "merging", "migrating", "quantised-training"}
+    assert pages - own == {
+        "architecture",
+        "checkpoints",
+        "composition",
+        "heads",
+        "merging",
+        "migrating",
+        "quantised-training",
+    }
 
 
 def test_the_table_of_nestings_is_the_one_that_is_checked():
