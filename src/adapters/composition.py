@@ -161,15 +161,34 @@ class Fuse(Block):
 
 
 class Split(Block):
-    """Consecutive parts of the sequence: child i gets `splits[i]` positions."""
+    """Consecutive parts of the sequence: child i gets `splits[i]` positions, and one of None those that are left."""
 
-    splits: list[int]
+    splits: list[int | None]
     parameters = ("splits",)
 
-    def __init__(self, *children: Any, splits: int | list[int]) -> None:
+    def __init__(self, *children: Any, splits: int | Sequence[int | None]) -> None:
         """An int stands for that many positions for every child."""
         super().__init__(*children)
-        self._set("splits", _sizes(self, "splits", splits))
+        if not isinstance(splits, int) and list(splits).count(None) > 1:
+            raise CompositionError(f"Split(splits={list(splits)}): only one child can get what the others leave.")
+        self._set("splits", _sizes(self, "splits", splits, rest=True))
+
+    def sizes(self, length: int) -> list[int]:
+        """The sizes in a sequence of `length` positions; with a None among the splits every length has some.
+
+        Raises:
+            CompositionError: there is no None, and the splits do not add up to `length`.
+        """
+        given = sum(size for size in self.splits if size is not None)
+        if None not in self.splits and given != length:
+            raise CompositionError(
+                f"Split(splits={self.splits}): sizes sum to {given}, the sequence has {length} positions; they must be "
+                "equal. Where lengths differ (encoder and decoder, say), give one child None: it gets what is left."
+            )
+        sizes: list[int] = []
+        for size in self.splits:
+            sizes.append(min(max(length - given, 0) if size is None else size, length - sum(sizes)))
+        return sizes
 
 
 class BatchSplit(Block):
@@ -263,14 +282,14 @@ ALLOWED_NESTINGS: dict[type[Block], list[type]] = {
 }
 
 
-def _sizes(block: Block, name: str, sizes: int | list[int]) -> list[int]:
-    values = [sizes] * len(block.children) if isinstance(sizes, int) else list(sizes)
+def _sizes(block: Block, name: str, sizes: int | Sequence[int | None], rest: bool = False) -> list[Any]:
+    values: list[Any] = [sizes] * len(block.children) if isinstance(sizes, int) else list(sizes)
     kind = type(block).__name__
     if len(values) != len(block.children):
         raise CompositionError(
             f"{kind}({name}={values}): {len(values)} sizes for {len(block.children)} children; each needs one."
         )
-    if not all(isinstance(value, int) and value >= 0 for value in values):
+    if not all((value is None and rest) or (isinstance(value, int) and value >= 0) for value in values):
         raise CompositionError(f"{kind}({name}={values}): sizes are whole numbers of at least 0.")
     return values
 

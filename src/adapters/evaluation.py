@@ -116,14 +116,8 @@ def _batch_sizes(tree: BatchSplit, rows: int, site: Site) -> list[int]:
 
 
 def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
-    length = signal.positions()
-    if sum(tree.splits) != length:
-        raise CompositionError(
-            f"Split(splits={tree.splits}): sizes sum to {sum(tree.splits)}, the sequence has {length} positions; they "
-            "must be equal."
-        )
     parts, start = [], 0
-    for child, size in zip(tree.children, tree.splits, strict=True):
+    for child, size in zip(tree.children, tree.sizes(signal.positions()), strict=True):
         if size:
             parts.append(evaluate(child, signal.window(start, start + size), site))
         start += size

@@ -28,6 +28,7 @@ BLOCKS = [
     Fuse("a", "b"),
     Split("a", "b", splits=[1, 2]),
     Split("a", "b", splits=[2, 1]),
+    Split("a", "b", splits=[2, None]),
     BatchSplit("a", None, batch_sizes=[1, 2]),
     BatchSplit(Stack("a", "b"), "c", batch_sizes=2),
     Parallel("a", Stack("b", "c"), None),

@@ -194,8 +194,11 @@ def test_prefixes_need_an_attention_they_can_enter(config) -> None:
 def test_blocks_say_what_is_wrong_with_their_sizes() -> None:
     with pytest.raises(CompositionError, match=r"Split\(splits=\[1\]\): 1 sizes for 2 children"):
         Split("a", "b", splits=[1])
-    with pytest.raises(CompositionError, match=r"sizes are whole numbers of at least 0"):
-        BatchSplit("a", "b", batch_sizes=[1, -1])
+    with pytest.raises(CompositionError, match=r"Split\(splits=\[None, None\]\): only one child can get what"):
+        Split("a", "b", splits=[None, None])
+    for sizes in ([1, -1], [1, None]):
+        with pytest.raises(CompositionError, match=r"sizes are whole numbers of at least 0"):
+            BatchSplit("a", "b", batch_sizes=sizes)
     with pytest.raises(CompositionError, match=r"3 weights for 2 children"):
         Average("a", "b", weights=[1, 1, 1])
     with pytest.raises(CompositionError, match=r"weights sum to 0"):

@@ -20,7 +20,7 @@ from tiny_models import (
 )
 
 import adapters
-from adapters import AdapterSetup, Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
+from adapters import AdapterSetup, Average, BatchSplit, CompositionError, Fuse, MultiTask, Parallel, Split, Stack
 from adapters.methods.fusion import StaticAdapterFusionConfig
 
 each_model = pytest.mark.parametrize("name", CONFIGS)
@@ -161,6 +161,20 @@ def test_the_split_of_equals_is_each(name: str, method: str) -> None:
     length = positions(name)
     close(run(model, batch, Split(a, a, splits=[2, length - 2])), run(model, batch, a))
     close(run(model, batch, Split(a, f"{method}_b", splits=[length, 0])), run(model, batch, a))
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in GATED])
+def test_a_split_with_a_rest_fits_two_lengths(name: str, method: str) -> None:
+    """A decoder that looks back only computes for a prefix of its input what it computes for all of it."""
+    model, batch, a, b = shared(name), inputs(name), f"{method}_a", f"{method}_b"
+    short = batch | {key: batch[key][:, :3] for key in ("decoder_input_ids", "decoder_attention_mask")}
+    with pytest.raises(CompositionError, match=r"sizes sum to 6, the sequence has 3 positions.* give one child None"):
+        run(model, short, Split(a, b, splits=[4, 2]))
+    close(run(model, short, Split(a, b, splits=[2, None])), run(model, batch, Split(a, b, splits=[2, 4]))[:, :3])
+    close(run(model, short, Split(a, b, splits=[4, None])), run(model, batch, Split(a, b, splits=[4, 2]))[:, :3])
+    for splits in ([1, None], [None, 5], [None, 9], [0, None]):
+        close(run(model, short, Split(a, a, splits=splits)), run(model, short, a))
 
 
 @each_model
