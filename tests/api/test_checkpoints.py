@@ -424,7 +424,7 @@ def test_modules_after_the_cross_attention_of_a_bert_decoder(flag, keys, tmp_pat
     saved = decoder()
     saved.add_adapter("a", config=BnConfig(True, True, 4, "relu", cross_adapter=keys))
     saved.save_adapter(tmp_path, "a")
-    edit(tmp_path, config={**settings(tmp_path)["config"], "cross_adapter": flag})
+    edit(tmp_path, config={**settings(tmp_path)["config"], "cross_adapter": flag}, version="adapters.1.3.0")
     assert any(".crossattention.output.adapters." in key for key in load_file(tmp_path / "adapter.safetensors")) is keys
     loaded = decoder()
     loaded.load_adapter(tmp_path)
