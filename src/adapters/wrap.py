@@ -65,7 +65,12 @@ def init(
             "adapters.init(interface=…): this version reads where adapters sit off the model and takes no interface; "
             "leave the argument out."
         )
-    parts = (part for part in model.modules() if part is not model.base_model)
+    parts = [part for part in model.modules() if part is not model.base_model]
+    if any(map(peft.is_wrapped, parts)):
+        raise AdapterError(
+            f"adapters.init({type(model).__name__}): it has modules of PEFT inside, which would act whatever is active "
+            "here; give the PeftModel itself, or a model without them and load PEFT's folder with load_adapter."
+        )
     inside = [part for part in parts if isinstance(part, ModelAdaptersMixin)]
     if any(part.has_adapters() for part in inside):
         raise AdapterError(

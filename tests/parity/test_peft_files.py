@@ -284,6 +284,15 @@ def test_init_of_a_merged_or_mixed_model() -> None:
         adapters.init(mixed)
 
 
+def test_init_of_a_model_with_modules_of_peft_inside(tmp_path) -> None:
+    theirs = trained("bert", peft.LoraConfig(**QV))
+    with pytest.raises(AdapterError, match=r"it has modules of PEFT inside.*give the PeftModel itself"):
+        adapters.init(theirs.get_base_model())
+    (by_transformers := bare("bert", None)).add_adapter(peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(AdapterError, match="load PEFT's folder with load_adapter"):
+        adapters.init(by_transformers)
+
+
 # --- together with others, and what is refused ------------------------------------------------------------------------
 
 
@@ -332,6 +341,17 @@ def test_what_cannot_be_mapped_is_refused(changes: dict[str, Any], message: str,
         model.load_adapter(saved(tmp_path, **changes))
     assert before.keys() == model.state_dict().keys()
     assert not model.adapters_config.adapters
+
+
+def test_shapes_that_differ_are_told_without_guesses_at_the_base_model(tmp_path) -> None:
+    trained("bert", peft.LoraConfig(**QV)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {key: tensor.repeat(1, 2) if tensor.dim() == 2 else tensor for key, tensor in weights.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    with pytest.raises(CheckpointError, match=r"must be equal; this model is a Bert.*\(model_type 'bert'"):
+        ours("bert", "SEQ_CLS").load_adapter(tmp_path)
 
 
 def test_modules_without_a_place_are_named(tmp_path) -> None:
@@ -436,8 +456,12 @@ def test_all_adapters_are_written_for_peft(tmp_path) -> None:
         torch.testing.assert_close(logits(theirs, "bert"), logits(model, "bert"), rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_of_peft_becomes_a_named_head(tmp_path) -> None:
+@pytest.mark.parametrize("labels", [3, 5])
+def test_a_head_of_peft_becomes_a_named_head(labels: int, tmp_path) -> None:
     theirs = trained("bert", peft.LoraConfig(**QV))
+    weight = torch.randn(labels, theirs.config.hidden_size)
+    theirs.classifier.modules_to_save["default"].weight = torch.nn.Parameter(weight)
+    theirs.classifier.modules_to_save["default"].bias = torch.nn.Parameter(torch.randn(labels))
     theirs.save_pretrained(tmp_path)
     torch.manual_seed(7)
     model = adapters.AutoAdapterModel.from_config(config("bert")).eval()
@@ -445,6 +469,7 @@ def test_a_head_of_peft_becomes_a_named_head(tmp_path) -> None:
     model.load_adapter(tmp_path, load_as="x", set_active=True)
     model.active_head = "x"
     torch.testing.assert_close(logits(model, "bert"), logits(theirs, "bert"), rtol=1e-5, atol=1e-5)
+    assert len(model.get_labels("x")) == labels  # whatever the model's config says
     model.load_adapter(tmp_path, load_as="y", with_head=False)
     assert list(model.heads) == ["x"]
 
@@ -476,6 +501,18 @@ def test_a_named_head_becomes_one_of_peft(labels: int, tmp_path) -> None:
     encoder.load_state_dict(own)
     theirs = peft.PeftModel.from_pretrained(encoder, tmp_path / "bare").eval()
     torch.testing.assert_close(logits(theirs, "bert"), logits(model.base_model, "bert"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # the second ones, which PEFT ties
+def test_trained_tokens_of_a_tied_model(tmp_path) -> None:
+    """PEFT writes them twice, for the embeddings and for the map onto words."""
+    theirs = trained("gpt2", peft.TrainableTokensConfig(token_indices=[3, 4], target_modules=["wte"], **LM))
+    theirs.save_pretrained(tmp_path / "theirs")
+    (model := ours("gpt2", "CAUSAL_LM")).load_adapter(tmp_path / "theirs", set_active=True)
+    torch.testing.assert_close(logits(model, "gpt2"), logits(theirs, "gpt2"), rtol=1e-5, atol=1e-5)
+    model.save_adapter(tmp_path / "ours", "theirs", format="peft")
+    again = peft.PeftModel.from_pretrained(bare("gpt2", "CAUSAL_LM"), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again, "gpt2"), logits(theirs, "gpt2"), rtol=1e-5, atol=1e-5)
 
 
 def test_module_names_of_transformers_4(tmp_path) -> None:

@@ -203,8 +203,14 @@ def _as_named(
         return f"Cannot automatically convert prediction head of model class {saved} to flex head; load it there."
     if name is None:
         return "Could not identify a name for the prediction head to be loaded. Please specify 'load_as'."
-    config = own.config(head.file.get("label2id") or model.config.label2id)
+    config = own.config(head.file.get("label2id") or _labels(model, own.rows(head.weights)))
     return SavedHead(name, config, own.weights(head.weights, name), head.file)
+
+
+def _labels(model: "ModelAdaptersMixin", number: int | None) -> Mapping[str, int]:
+    """The labels of the model's config, or, if it has another number of them, as many as there are scores in a file."""
+    own: Mapping[str, int] = model.config.label2id
+    return own if number in (None, len(own)) else {f"LABEL_{index}": index for index in range(number or 0)}
 
 
 def _as_own(model: "ModelAdaptersMixin", head: SavedHead, saved: str, here: str) -> SavedHead | str:

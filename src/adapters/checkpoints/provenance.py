@@ -40,11 +40,12 @@ def hidden_size(model: "ModelAdaptersMixin") -> int | None:
 
 
 def origin(config: Mapping[str, Any], model: "ModelAdaptersMixin") -> str:
-    """A sentence that says what the checkpoint is of and what the model is."""
-    saved, here = ({**identity} for identity in (config, _identity(model)))
+    """What the checkpoint is of, where its config says so, and what the model is, as the end of a sentence."""
+    here = _identity(model)
     form = "a {model_class} (model_type {model_type!r}, hidden_size {hidden_size})"
-    known = {key: saved.get(key, "unknown") for key in here}
-    return f"the checkpoint is of {form.format(**known)}, this model is {form.format(**here)}."
+    known = {key: config.get(key, "unknown") for key in here}
+    saved = f"the checkpoint is of {form.format(**known)}, " if "model_type" in config else ""  # PEFT's say nothing
+    return f"{saved}this model is {form.format(**here)}."
 
 
 def prefixes(config: Mapping[str, Any], keys: Iterable[str], model: "ModelAdaptersMixin") -> list[str]:

@@ -158,7 +158,7 @@ def compare(slots: Slots, weights: Weights, prefixes: Iterable[str], own_prefix:
         if (shape := _shape(slots[key])) != tuple(tensor.shape):
             raise CheckpointError(
                 f"{asked}: {own_prefix + key!r} has shape {tuple(tensor.shape)} in the file and {shape} in this model; "
-                f"they must be equal. {origin}"
+                f"they must be equal; {origin}"
             )
     filled = {id(part) for key in matched for part in slots[key]}
     missing = [own_prefix + key for key, parts in slots.items() if not filled.issuperset(map(id, parts))]

@@ -100,6 +100,12 @@ class StaticHead:
         found = {f"heads.{name}.{place}": file[key] for key, place in self.keys.items() if key in file}
         return {key: each for key, each in file.items() if key not in self.keys and each.any()} | found
 
+    def rows(self, file: Mapping[str, Tensor]) -> int | None:
+        """How many scores a head in a file of the class has; None where that is not the number of its labels."""
+        last = max(self.keys.values(), key=lambda place: int(place.partition(".")[0])).partition(".")[0]
+        found = [len(file[key]) for key, place in self.keys.items() if key in file and place == f"{last}.weight"]
+        return found[0] if found and self.settings["head_type"] != "multiple_choice" else None
+
     def own_weights(self, file: Mapping[str, Tensor], name: str, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The opposite: the tensors of a file of the named head, as those of the class, which has the `live` ones."""
         places = {key: f"heads.{name}.{place}" for key, place in self.keys.items() if key in live}

@@ -114,8 +114,10 @@ def _sorted(model: "ModelAdaptersMixin", form: Form, tensors: Tensors, options: 
             path = found[1] or ""
             site = index.get(path) or index.get(path.removeprefix(prefix))
             site = site if path else next(iter(index.values()), None)  # a prompt
-            if site is None:
+            if site is None and not _is_second(key, tensors):
                 missing.add(path)
+            elif site is None:
+                continue
             else:
                 parts.sites.setdefault(site, {})[found[2] + (found[3] or "")] = tensor
     if missing:
@@ -125,6 +127,13 @@ def _sorted(model: "ModelAdaptersMixin", form: Form, tensors: Tensors, options: 
             f"{form.peft_type} at {some(missing)}. Load it into the class of model that it is of, or merge it in PEFT."
         )
     return parts
+
+
+def _is_second(key: str, tensors: Tensors) -> bool:
+    """Whether a tensor is that of trained tokens once more: PEFT writes it for a tied map onto words too."""
+    end = ".trainable_tokens_delta"
+    others = (tensor for other, tensor in tensors.items() if other != key and other.endswith(end))
+    return key.endswith(end) and any(torch.equal(tensors[key], tensor) for tensor in others)
 
 
 def _keyed(draft: Draft, config: AdapterConfig) -> Tensors:
