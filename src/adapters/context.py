@@ -59,7 +59,8 @@ class Forward:
     site's index; masks: by stack ("", "encoder", "decoder") the attention mask (b, s) that the model was given;
     task_ids: (b,) for MultiTask; assignment: (b,) for Rows, the child of each row; repeated: the batch already has a
     copy for every channel of Parallel; channels, batch: how many copies, of how many rows, the pass itself made of its
-    inputs; shared_below: what comes before this position gives every channel the same; record: what to report.
+    inputs; shared_below: what comes before this position gives every channel the same; record: what to report;
+    part: the rows that the prediction head in progress is run on, None for all.
     """
 
     sites: SiteMap
@@ -73,6 +74,7 @@ class Forward:
     batch: int = 0
     shared_below: Position = START
     record: Record | None = None
+    part: Part | None = None
     past: int | Tensor = 0
     prompt: int | None = None
     positions: Tensor | None = None
@@ -86,6 +88,20 @@ class Forward:
             self._kept[key] = compute()
         value: T = self._kept[key]
         return value
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a batch of `total`, which a prediction head has for itself."""
+
+    rows: slice | list[int]
+    total: int
+
+    def whole(self, values: Tensor) -> Tensor:
+        """(total, …) with these values in its rows, and zeros in all others."""
+        whole = values.new_zeros(self.total, *values.shape[1:])
+        whole[self.rows] = values
+        return whole
 
 
 def report(

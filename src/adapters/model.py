@@ -31,7 +31,7 @@ from .placement import check_layers
 from .quantised import keep_differentiable
 from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
-from .topology import Linear, outside_maps
+from .topology import outside_maps
 from .vocabulary import LookupSite, OutputSite
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ModelAdaptersMixin(
         if base is not self and isinstance(base, ModelAdaptersMixin):
             enable(self)
             self.adapters_config, self.adapter_sites = base.adapters_config, base.adapter_sites
-            self.adapter_sites.follow(*self._own_head())
+            self.follow_heads()
             return
         listed = self.config.__dict__.pop("adapters", None)
         configured = adapters_config or ModelAdaptersConfig(**(listed or {}))
@@ -75,7 +75,7 @@ class ModelAdaptersMixin(
         for model in {id(base): base, id(self): self}.values():
             enable(model)
             model.adapters_config, model.adapter_sites = configured, sites
-        sites.follow(*self._own_head())
+        self.follow_heads()
         for name in configured:
             sites.add(name, configured.members(name))
         for name in configured.fusions:
@@ -83,14 +83,14 @@ class ModelAdaptersMixin(
             if config is not None and not set(configured).isdisjoint(adapter_names or ()):
                 sites.add_fusion(Fuse(*(adapter_names or ()), name=name), config)
 
-    def _own_head(self) -> tuple[nn.Module | None, tuple[Linear, ...]]:
-        """The map from hidden states to words that the model's own forward uses; all maps outside of the base model."""
-        return self.get_output_embeddings(), outside_maps(self)
+    def follow_heads(self) -> None:
+        """Tell the sites what is outside of the base model now."""
+        self.adapter_sites.follow(self.get_output_embeddings(), outside_maps(self))
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """As in transformers; invertible adapters are undone before the new ones."""
         super().set_output_embeddings(new_embeddings)
-        self.adapter_sites.follow(*self._own_head())
+        self.follow_heads()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.

@@ -62,9 +62,14 @@ class SiteMap:
         """The model whose sites these are."""
         return self.anatomy.base_model
 
-    def follow(self, output: nn.Module | None, outside: tuple[Linear, ...] = ()) -> None:
-        """The map from hidden states to words is `output` now, and `outside` are the maps outside of the base model."""
-        self.anatomy = replace(self.anatomy, output=output, outside=outside)
+    def follow(
+        self,
+        output: nn.Module | None,
+        outside: tuple[Linear, ...] = (),
+        of_heads: tuple[nn.Module, ...] | None = None,
+    ) -> None:
+        """The maps outside of the base model are these now; see ``Anatomy``."""
+        self.anatomy = replace(self.anatomy, output=output, outside=outside, of_heads=of_heads)
         if LinearSite in self._read:
             known = {site.host for site in self.sites}
             for found in LinearSite.find_outside(self.anatomy):

@@ -366,7 +366,7 @@ class LinearSite(Site):
         if module.changes_weight and not self.part:
             self._stand_in.attach()
         if module.transforms_input and not self.part and len(self._handles) == 1:
-            self._handles.append(self.host.register_forward_pre_hook(self.on_input, prepend=True))
+            self._handles.append(self.host.register_forward_pre_hook(self.on_input))
 
     def detach(self) -> None:
         """Give the host its forward back."""
@@ -379,17 +379,22 @@ class LinearSite(Site):
             return None
         return self.adapters[plan].transform_input(args[0]), *args[1:]
 
+    def signal(self, plan: Setup, host: nn.Module, x: Tensor, output: Tensor) -> LinearSignal:
+        """What is sent through `plan`."""
+        alone = isinstance(plan, str)
+        owned = alone and not (torch.is_grad_enabled() or host.training)
+        transformed = alone and not self.part and self.adapters[str(plan)].transforms_input
+        return LinearSignal(None, x, output, owned, transformed)
+
     def on_output(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Wx becomes what the adapters make of it."""
         plan = self.plan()
         if plan is None or self._stand_in.acts(plan, args[0]):
             return None
-        owned = isinstance(plan, str) and not (torch.is_grad_enabled() or host.training)
         if not self.part:
-            transformed = isinstance(plan, str) and self.adapters[plan].transforms_input
-            return evaluate(plan, LinearSignal(None, args[0], output, owned, transformed), self).output
+            return evaluate(plan, self.signal(plan, host, args[0], output), self).output
         own = output[..., self.rows]
-        part = evaluate(plan, LinearSignal(None, args[0], own, owned), self).output
+        part = evaluate(plan, self.signal(plan, host, args[0], own), self).output
         if isinstance(self.rows, Tensor):
             return output.index_copy(-1, self.rows.to(output.device), part)
         return output if part is own else torch.slice_scatter(output, part, -1, self.rows.start, self.rows.stop)

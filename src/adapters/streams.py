@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .context import Part
 from .errors import AdapterError
 from .evaluation import evaluate
 from .signals import HiddenSignal
@@ -111,25 +112,24 @@ class EmbeddingSite(Site):
 
 
 class Inverse:
-    """The way back, for a prediction head that has some rows of the batch only."""
+    """The way back, for a prediction head that may have some rows of the batch only."""
 
-    def __init__(self, site: EmbeddingSite, rows: slice | list[int] | None, total: int) -> None:
-        """rows: the head's, of `total`; None if it has all."""
-        self.site, self.rows, self.total = site, rows, total
+    def __init__(self, site: EmbeddingSite, part: Part | None) -> None:
+        """part: the head's rows; None if it has all."""
+        self.site, self.part = site, part
 
     @classmethod
-    def of(cls, sites: Iterable[Site], rows: slice | list[int] | None, total: int) -> Self | None:
+    def of(cls, sites: Iterable[Site], part: Part | None) -> Self | None:
         """The one of a model with these sites; None if nothing acts on its embeddings."""
         acting = (site for site in sites if isinstance(site, EmbeddingSite) and site.plan() is not None)
-        return next((cls(site, rows, total) for site in acting), None)
+        return next((cls(site, part) for site in acting), None)
 
     def __call__(self, hidden: Tensor, rev: bool = True) -> Tensor:
         """hidden: (rows, s, e); with ``rev=False`` the way there."""
-        if self.rows is not None:  # the composition is about all rows
-            whole = hidden.new_zeros(self.total, *hidden.shape[1:])
-            whole[self.rows] = hidden
-            return (self.site.back(whole) if rev else self.site.there(whole))[self.rows]
-        return self.site.back(hidden) if rev else self.site.there(hidden)
+        change = self.site.back if rev else self.site.there
+        if self.part is None:
+            return change(hidden)
+        return change(self.part.whole(hidden))[self.part.rows]  # the composition is about all rows
 
 
 def _embeddings_module(anatomy: Anatomy) -> tuple[str, nn.Module] | None:

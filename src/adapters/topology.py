@@ -108,13 +108,20 @@ class Anatomy:
     """What was read of a model.
 
     output: the map from hidden states to words, if the model has one of its own; outside: the linear maps of the whole
-    model that are not in its base model, such as a classifier, with their paths in the whole.
+    model that are not in its base model, such as a classifier, with their paths in the whole; of_heads: the maps from
+    hidden states to words of named heads, which come and go; None if the model has no named heads.
     """
 
     base_model: Any
     blocks: list[Block]
     output: nn.Module | None = None
     outside: tuple[Linear, ...] = ()
+    of_heads: tuple[nn.Module, ...] | None = None
+
+    @property
+    def onto_words(self) -> tuple[nn.Module, ...]:
+        """All maps from hidden states to words."""
+        return (self.of_heads or ()) if self.output is None else (self.output,)
 
     @property
     def crosses(self) -> bool:

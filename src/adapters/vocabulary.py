@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .composition import Setup
+from .context import current
 from .evaluation import evaluate
-from .signals import Signal
+from .signals import LinearSignal, Signal
 from .sites import LinearSite, Place, Site
-from .topology import Anatomy, input_embeddings, linear_shape, path_of
+from .topology import Anatomy, Linear, input_embeddings, linear_shape, path_of
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,8 @@ class LookupSite(Site):
 
     @property
     def tied(self) -> bool:
-        """Whether the map from hidden states to words has the same weight."""
-        output: Any = self.owner.anatomy.output
-        return output is not None and output.weight is self.host.weight
+        """Whether a map from hidden states to words has the same weight."""
+        return any(output.weight is self.host.weight for output in self.owner.anatomy.onto_words)
 
     def attach(self) -> list[RemovableHandle]:
         """Hook every table that may share the weight: encoder and decoder can have one each, tied later."""
@@ -82,38 +83,94 @@ class LookupSite(Site):
         return evaluate(plan, LookupSignal(None, args[0], output, factor), self).output
 
 
+@dataclass(frozen=True)
+class OutputSignal(LinearSignal):
+    """At a map from hidden states to words. tied: whether its weight is that of the token embeddings."""
+
+    tied: bool = False
+
+
 class OutputSite(LinearSite):
-    """The map from hidden states to words of the model's own head. Its adapters are registered at the base model."""
+    """The map from hidden states to words. Its adapters are registered at the base model.
+
+    Of a model with named heads it is every head's map that has the shape of the token embeddings, whose table, which
+    is always there, is the host.
+    """
 
     kind = "output"
     locations: ClassVar[dict[str, str]] = {"lm_head": "lm_head_lora"}
 
     def __init__(self, place: Place, output: nn.Module) -> None:
-        inputs, outputs = linear_shape(output) or (0, 0)
-        super().__init__(place, output, inputs, outputs)
+        self.of_heads = isinstance(output, nn.Embedding)
+        inputs, outputs = output.weight.shape[::-1] if self.of_heads else linear_shape(output) or (0, 0)  # type: ignore[index]
+        super().__init__(place, Linear("", output, int(inputs), int(outputs)))
         self.holder = "output_embeddings"
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Self]:
-        """One, if the model has a head of language modelling."""
-        output = anatomy.output
-        if output is not None and linear_shape(output):
-            stack = anatomy.blocks[-1].stack if anatomy.blocks else ""
+        """One, if the model has a head of language modelling, or named heads and tokens."""
+        stack = anatomy.blocks[-1].stack if anatomy.blocks else ""
+        table, output = input_table(anatomy.base_model), anatomy.output
+        if anatomy.of_heads is not None and table is not None:
+            yield cls(Place(-1, stack, "", "", "lm_head", outside="lm_head"), table)
+        elif output is not None and linear_shape(output):
             known = (found.path for found in anatomy.outside if found.module is output)
             path = path_of(anatomy.base_model, output) or next(known, "lm_head")
             yield cls(Place(-1, stack, "", "", "lm_head", outside=path), output)
 
     @property
+    def maps(self) -> list[nn.Module]:
+        """The maps that the adapters act at."""
+        shape = self.inputs, self.outputs
+        return [output for output in self.owner.anatomy.onto_words if linear_shape(output) == shape]
+
+    @property
     def tied(self) -> bool:
-        """Whether the table of token embeddings has the same weight."""
+        """Whether the table of token embeddings has the same weight as one of the maps."""
         table = input_table(self.owner.anatomy.base_model)
-        return table is not None and table.weight is self.host.weight
+        return table is not None and any(output.weight is table.weight for output in self.maps)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (words, d); of named heads the weight of the embeddings, which theirs starts as where they are tied."""
+        return cast(Tensor, self.host.weight) if self.of_heads else super().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(words,) that of the map; each named head has its own."""
+        return None if self.of_heads else super().bias
+
+    def write(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Named heads are not written to: see ``tied``."""
+        if not self.of_heads:
+            super().write(weight, bias)
+
+    def attach(self) -> list[RemovableHandle]:
+        """Hook the output of every map."""
+        return [output.register_forward_hook(self.on_output, prepend=True) for output in self.maps]
+
+    def on_output(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Wx becomes what the adapters make of it; a named head may have some rows of the batch only."""
+        forward = current()
+        part = None if forward is None or forward.sites is not self.owner else forward.part
+        if part is None or self.plan() is None:
+            return super().on_output(host, args, output)
+        whole = super().on_output(host, (part.whole(args[0]),), part.whole(output))
+        return None if whole is None else whole[part.rows]
+
+    def signal(self, plan: Setup, host: nn.Module, x: Tensor, output: Tensor) -> OutputSignal:
+        """As at any linear map, and whether this one is tied."""
+        given = super().signal(plan, host, x, output)
+        table = input_table(self.owner.anatomy.base_model)
+        tied = table is not None and host.weight is table.weight
+        return OutputSignal(None, x, output, given.owned, given.transformed, tied)
 
     def follow(self, output: nn.Module | None) -> None:
-        """Sit at `output` from now on, if it has the same shape."""
-        if output is None or output is self.host or linear_shape(output) != (self.inputs, self.outputs):
-            return
-        self.host = output
+        """Sit at the maps onto words of now, if they have the same shape."""
+        if not self.of_heads:
+            if output is None or output is self.host or linear_shape(output) != (self.inputs, self.outputs):
+                return
+            self.host = output
         if self.adapters:
             for handle in self._handles:
                 handle.remove()
@@ -121,7 +178,7 @@ class OutputSite(LinearSite):
 
     def is_current(self, base_model: Any) -> bool:
         """The model still has this map."""
-        return self.owner.anatomy.output is self.host
+        return (input_table(base_model) if self.of_heads else self.owner.anatomy.output) is self.host
 
 
 def input_table(base_model: Any) -> nn.Embedding | None:

@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 from ..averaging import Shares
 from ..checkpoints import heads as head_files
 from ..composition import Block, parse_heads_from_composition
-from ..context import AdapterSetup, Forward, current, state, within
+from ..context import AdapterSetup, Forward, Part, current, state, within
 from ..errors import AdapterError, listing
 from ..streams import Inverse
 from .base import PredictionHead
@@ -129,6 +129,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
         ) is not None and f"{self._output_path(head)}.weight" in self._tied_heads():
             output.weight = cast(nn.Embedding, self.get_input_embeddings()).weight
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        self.follow_heads()
         if set_active:
             self.active_head = head.name
 
@@ -151,6 +152,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
         del self.heads[head_name]
         self.config.prediction_heads.pop(head_name, None)  # models made from one config object share it
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        self.follow_heads()
         if isinstance(self._active_heads, list):
             self._active_heads = [name for name in self._active_heads if name != head_name] or None
         elif head_name in HeadPlan.of(self._active_heads).names:
@@ -216,17 +218,17 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
         parts = [(outputs, inputs)] * len(plan.names)
         if rows is not None:
             parts = [(take_rows(outputs, part, total), take_rows(inputs, part, total)) for part in rows]
-        with within(_of_all_channels(current(), channels)):
-            sites, wheres = self.adapter_sites.sites, rows or len(parts) * (None,)
-            results = [
-                self._run_head(name, *part, Inverse.of(sites, where, total))
-                for name, part, where in zip(plan.names, parts, wheres, strict=True)
-            ]
+        owns = len(parts) * [None] if rows is None else [Part(own, total) for own in rows]
+        results = []
+        for name, part, own in zip(plan.names, parts, owns, strict=True):
+            with within(_of_head(current(), channels, own)):
+                results.append(self._run_head(name, *part, Inverse.of(self.adapter_sites.sites, own)))
         return hand_on(results[0] if len(results) == 1 else gather(results, summed=rows is not None), outputs)
 
-    def _own_head(self) -> tuple[None, tuple[()]]:
-        """None: the heads undo invertible adapters, each before its own map, and they come and go."""
-        return None, ()
+    def follow_heads(self) -> None:
+        """Tell the sites of the heads' maps onto words; each head undoes invertible adapters itself, before its own."""
+        outputs = (head.get_output_embeddings() for head in self.heads.values())
+        self.adapter_sites.follow(None, of_heads=tuple(output for output in outputs if output is not None))
 
     def _run_head(self, name: str, outputs: ModelOutput, inputs: Mapping[str, Any], inverse: Inverse | None) -> Any:
         sentence = sentence_vector(outputs, self.config, inputs) if self.head_types else None
@@ -389,6 +391,8 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
         return head_files.load_head(self, save_directory, load_as, id2label, use_safetensors, **kwargs)
 
 
-def _of_all_channels(forward: Forward | None, channels: int) -> Forward | None:
-    """The pass as the base model saw it, whose rows were repeated for Parallel."""
-    return forward if forward is None or channels == 1 else replace(forward, repeated=True)
+def _of_head(forward: Forward | None, channels: int, part: Part | None) -> Forward | None:
+    """The pass as the base model saw it, whose rows were repeated for Parallel, for a head with a part of its rows."""
+    if forward is None or (channels == 1 and part is None):
+        return forward
+    return replace(forward, repeated=forward.repeated or channels > 1, part=part)

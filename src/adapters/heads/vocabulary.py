@@ -40,6 +40,7 @@ class VocabularyHeads(HeadAdder):
         for head in self._active():
             if isinstance(head, CausalLMHead):
                 head.set_output_embeddings(new_embeddings)
+        self.follow_heads()
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -66,6 +67,7 @@ class VocabularyHeads(HeadAdder):
             if self._output_path(head) in tied:
                 new.weight = embeddings.weight
             head.set_output_embeddings(new)
+        self.follow_heads()
         return embeddings
 
     def follow_vocabulary(self, size: int) -> None:

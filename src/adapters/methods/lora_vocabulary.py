@@ -83,4 +83,9 @@ class OutputLoRA(LoRA):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""
         refuse_tied(self.name, self.site)
+        if self.site.of_heads:
+            raise AdapterError(
+                f"merge_adapter({self.name!r}): the adapter changes the maps onto words of all named heads "
+                "(lm_head_lora), which other adapters use too. Keep the adapter active."
+            )
         return super().merged_weight(weight)

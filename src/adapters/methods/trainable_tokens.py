@@ -13,8 +13,7 @@ from ..configuration.checks import check_dtype, is_integer
 from ..configuration.registry import register_architecture, register_config
 from ..errors import AdapterError
 from ..method import AdapterModule, register
-from ..signals import LinearSignal
-from ..vocabulary import LookupSignal, LookupSite, OutputSite
+from ..vocabulary import LookupSignal, LookupSite, OutputSignal, OutputSite
 
 
 @dataclass(eq=False)
@@ -124,9 +123,9 @@ class TokensAtOutput(TokenChanges):
     Site: OutputSite. Parameters: those of TokensAtLookup. Start: identity. Merges: yes, with the embeddings.
     """
 
-    def forward(self, signal: LinearSignal) -> LinearSignal:
+    def forward(self, signal: OutputSignal) -> OutputSignal:
         """See the class."""
-        if not self.site.tied:
+        if not signal.tied:
             return signal
         delta = self.changes.delta
         change = linear(signal.x.to(delta.dtype), delta).to(signal.output.dtype)
