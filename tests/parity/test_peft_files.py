@@ -410,6 +410,20 @@ def test_what_peft_cannot_express_is_refused(config: str, message: str, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("vera", r"slices of fused projections, such as 'h.0.attn.c_attn.q', and PEFT's VERA at whole modules"),
+        ("hra[target_modules=['c_attn']]", r"the module at 'h.0.attn.c_attn' is a Conv1D, which PEFT's HRA"),
+    ],
+)
+def test_maps_that_peft_does_not_take_are_refused(config: str, message: str, tmp_path) -> None:
+    (model := ours("gpt2", "CAUSAL_LM")).add_adapter("x", config)
+    with pytest.raises(CheckpointError, match=message):
+        model.save_adapter(tmp_path, "x", format="peft")
+    assert not list(tmp_path.iterdir())
+
+
 def test_formats_have_names(tmp_path) -> None:
     model = ours("bert", "SEQ_CLS")
     model.add_adapter("x", "lora")
@@ -429,6 +443,8 @@ OWN: dict[str, tuple[str, str | None, Any]] = {
     "ranks": ("llama", "CAUSAL_LM", LoRAConfig(r=2, rank_pattern={"0": 3}, alpha_pattern={"q": 5})),
     "vocabulary": ("llama", "CAUSAL_LM", LoRAConfig(r=2, embedding_lora=True, lm_head_lora=True)),
     "vera": ("llama", "CAUSAL_LM", adapters.VeraConfig(r=4, alpha=6)),
+    "whole_fused_vera": ("gpt2", "CAUSAL_LM", adapters.VeraConfig(r=4, target_modules=["c_attn"])),
+    "randlora": ("llama", "CAUSAL_LM", adapters.RandLoRAConfig(r=3, target_modules="all-linear")),
     "p_tuning": ("gpt2", "CAUSAL_LM", adapters.PTuningConfig(prompt_length=3, encoder_hidden_size=6)),
     "prefix": ("llama", "CAUSAL_LM", adapters.PrefixTuningConfig(prefix_length=3, shift_positions=True)),
     "adalora": ("bert", "SEQ_CLS", adapters.AdaLoRAConfig(init_r=3, target_r=2)),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...attention import AttentionSite
 from ...configuration import AdapterConfig
@@ -182,7 +183,11 @@ class RandLoRAForm(Form):
         draft.options |= {"sparse": bases == "sparse", "very_sparse": bases == "very_sparse"}
         rank = draft.options["r"]
         down, up = draft.shared["randlora_A"], draft.shared["randlora_B"]
-        draft.shared = {"randlora_A": down[:, None], "randlora_B": up.view(len(up), -1, rank)}
+        up = up.view(len(up), -1, rank)
+        widths = [(site.inputs, site.outputs) for site in draft.parts]  # type: ignore[attr-defined]
+        narrow = min(max(sizes) for sizes in zip(*widths, strict=True))
+        more, bases = narrow - down.shape[1], -(-narrow // rank) - up.shape[1]  # which no map reads
+        draft.shared = {"randlora_A": pad(down[:, None], (0, more)), "randlora_B": pad(up, (0, 0, 0, bases))}
         draft.change(lambda site, own: own | draft.shared)
 
 

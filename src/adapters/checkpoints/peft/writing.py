@@ -32,6 +32,8 @@ WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which PEFT expects the head in the file."""
 TURNED = ("ADALORA", "BOFT", "FOURIERFT", "HIRA", "IA3", "LORA", "OFT", "RANDLORA", "SHIRA", "VERA")
 """Types that ask whether weights are kept the other way round, as GPT-2 does."""
+LINEAR_ONLY = ("BOFT", "BONE", "HRA", "LOHA", "LOKR", "MISS", "OFT", "ROAD", "SHIRA")
+"""Types that refuse maps whose weight is kept the other way round."""
 VERSION = "0.21.0"
 """The version of PEFT whose format this is."""
 
@@ -90,6 +92,17 @@ def _written(
     own = {key: value for each in shared for key, value in each.items()}
     draft = Draft(model, asked, name, {}, fields, parts, own, headed=headed)
     form.write(draft)
+    for site in draft.parts:
+        if site.part:
+            raise CheckpointError(
+                f"{asked}: the adapter sits at slices of fused projections, such as {site.path!r}, and PEFT's "
+                f"{form.peft_type} at whole modules; train it with target_modules, or save it in the native format."
+            )
+        if isinstance(site, LinearSite) and form.peft_type in LINEAR_ONLY and not is_plain(site.host):
+            raise CheckpointError(
+                f"{asked}: the module at {site.path!r} is a {type(site.host).__name__}, which PEFT's {form.peft_type} "
+                "does not take. Save it in the native format."
+            )
     return form, draft
 
 
