@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -56,7 +57,7 @@ class SublayerSite(Site):
         sublayer = self.sublayer
         handles = [
             sublayer.entry.register_forward_pre_hook(self.on_entry, prepend=True, with_kwargs=True),
-            sublayer.exit.register_forward_hook(self.on_exit, prepend=True),
+            sublayer.exit.register_forward_hook(self.on_exit),  # after those of a linear map that is the exit
         ]
         if sublayer.norm is not None:
             handles.append(sublayer.norm.register_forward_hook(self.on_norm, prepend=True))
@@ -109,11 +110,17 @@ class SublayerSite(Site):
         return torch.where(final, args[0], output)
 
     def normalised(self, hidden: Tensor) -> Tensor:
-        """The model's norm of the sub-layer's sum, where it has one there."""
+        """The model's norm of the sub-layer's sum, where it has one there; as it is without adapters of its own."""
         norm = self.sublayer.norm
         if norm is None:
             return hidden
-        output: Tensor = norm.forward(hidden)  # past the hooks: this is not the model's own call
+        # Past the hooks, since this is not the model's own call, and past the norm's adapters, since a setup is about
+        # all rows and positions, which this need not have.
+        replaced = vars(norm).get("forward")
+        if isinstance(replaced, MethodType) and isinstance(replaced.__self__, Site):
+            output: Tensor = type(norm).forward(norm, hidden)
+            return output
+        output = norm.forward(hidden)
         return output
 
     def put_fusion(self, name: str, module: nn.Module) -> None:
