@@ -122,6 +122,7 @@ class _State(threading.local):
         self.setups: tuple[AdapterSetup, ...] = ()
         self.generating: SiteMap | None = None
         self.prompt: int | None = None
+        self.task_ids: Any = None
 
 
 class Kept(threading.local):
@@ -179,14 +180,15 @@ def token_mean(values: Tensor, stack: str, rows: Tensor | None) -> Tensor:
 def generating(sites: SiteMap, prompt: int | None) -> Iterator[None]:
     """While ``generate`` runs: the inputs of `sites`' model were repeated for Parallel once, at its start.
 
-    prompt: the length of the prompt; None is that of the first pass.
+    prompt: the length of the prompt; None is that of the first pass. ``state.task_ids`` are those of its rows, for
+    passes that ``generate`` does not give them to, such as those of guidance.
     """
-    previous = state.generating, state.prompt
-    state.generating, state.prompt = sites, prompt
+    previous = state.generating, state.prompt, state.task_ids
+    state.generating, state.prompt, state.task_ids = sites, prompt, None
     try:
         yield
     finally:
-        state.generating, state.prompt = previous
+        state.generating, state.prompt, state.task_ids = previous
 
 
 @dataclass(eq=False)

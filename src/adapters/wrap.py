@@ -227,12 +227,13 @@ def _open(model: ModelAdaptersMixin, own: Mapping[str, Any], inputs: Mapping[str
     masks, generates = _masks(model, inputs), state.generating is sites
     if generates and state.prompt is None:
         state.prompt = _length(inputs, _token_inputs(model))
+    tasks = own.get("task_ids")
     return Forward(
         sites,
         setup,
         plans,
         masks,
-        task_ids=_task_ids(own.get("task_ids"), setup),
+        task_ids=_task_ids(state.task_ids if tasks is None and generates else tasks, setup),
         assignment=assignment,
         repeated=bool(own.get("adapter_input_parallelized")) or generates,
         record=Record.of(bool(gates), bool(attentions)),
@@ -358,7 +359,8 @@ def _for_setup(model: Any, setup: Block, inputs: Tensor | None, kwargs: dict[str
         )
     if setup.parallel_channels > 1:
         (inputs,), kwargs, _ = repeat_inputs((inputs,), kwargs, setup.parallel_channels)
-    check_batch(_open(model, {"task_ids": kwargs.get("task_ids")}, {}), batch_size((inputs,), kwargs))
+    state.task_ids = kwargs.get("task_ids")
+    check_batch(_open(model, {}, {}), batch_size((inputs,), kwargs))
     return inputs, kwargs
 
 

@@ -46,13 +46,13 @@ def tokens(name: str, batch, setup, **kwargs) -> torch.Tensor:
         return model_of(name).generate(**batch, **arguments, max_new_tokens=4, min_new_tokens=4)
 
 
-# transformers guides decoders alone, and in its own passes no row has a task
+# transformers guides decoders alone
 DECODINGS = [
     (name, block, way)
     for way in WAYS
     for block in BLOCKS
     for name in GENERATORS
-    if way != "guided" or (name in DECODERS and block != "multitask")
+    if way != "guided" or name in DECODERS
 ]
 
 
