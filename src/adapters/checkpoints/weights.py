@@ -65,8 +65,9 @@ def fusion_slots(model: "ModelAdaptersMixin", name: str) -> Slots:
 
 def _site_slots(model: "ModelAdaptersMixin", name: str, holding: Sequence[tuple[Site, nn.Module, str]]) -> Slots:
     slots: dict[str, dict[str, Tensor]] = {}
+    model_type = model.config.model_type
     for site, module, container in holding:
-        path = names.container_path(model.config.model_type, site)
+        path = names.container_path(model_type, site)
         for parameter, tensor in names.with_aliases(_tensors(module)).items():
             key = ".".join(filter(None, (path, container, name, parameter)))
             slots.setdefault(key, {})[site.part] = tensor
