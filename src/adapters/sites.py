@@ -159,8 +159,7 @@ class Site:
     @property
     def reference(self) -> Tensor:
         """A tensor whose device new parameters take, and whose dtype too where it is a floating one."""
-        own = next(iter(self.host._parameters.values()), None)  # without a walk through what sits at the host
-        return own if own is not None else next(chain(self.host.parameters(), self.host.buffers()))
+        return next(chain(self.host.parameters(), self.host.buffers()))
 
     def put(self, name: str, module: AdapterModule[Any]) -> None:
         """Take in an adapter."""
