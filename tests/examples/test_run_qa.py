@@ -91,14 +91,16 @@ def test_questions_without_an_answer(run: Run, place: Path):
     assert odds.keys() == {row["id"] for row in rows}
 
 
-def test_a_resumed_run_ends_as_an_unbroken_one(run: Run, place: Path):
+def test_a_resumed_run_ends_as_an_unbroken_one(run: Run, place: Path, caplog: pytest.LogCaptureFixture):
     line = f"{SHORT.replace('--overwrite_output_dir', '')} --save_steps 2 --per_device_train_batch_size 4"
     whole = run(line, steps=4)
     wanted = load_file(whole / "squad/adapter.safetensors")
     whole.rename(place / "WHOLE")
     (place / "OUT").mkdir()
     (place / "WHOLE/checkpoint-2").rename(place / "OUT/checkpoint-2")
+    caplog.set_level("INFO")
     again = load_file(run(line, steps=4) / "squad/adapter.safetensors")
+    assert "Resuming from OUT/checkpoint-2" in caplog.text
     assert wanted and all(torch.equal(again[name], wanted[name]) for name in wanted)
 
 
