@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -12,10 +13,13 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from .context import Forward, current
+from .errors import AdapterError
 from .evaluation import evaluate
+from .samples import ROWS
 from .signals import HiddenSignal
 from .sites import Place, Site
-from .topology import Anatomy
+from .topology import Anatomy, Block
+from .trace import Watcher, parts, watch
 
 FAR = 2**30
 """The distance of a position that is no token, or none of the prompt's."""
@@ -39,24 +43,58 @@ class BlockSignal(HiddenSignal):
         return replace(super().mean(parts, weights), before=parts[0].before, after=parts[0].after)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How hidden states lie in a tensor: the dimensions of the batch and of d; all others are positions, row by row."""
+
+    rows: int
+    channels: int
+
+    def sequence(self, hidden: Tensor) -> Tensor:
+        """(b, s, d)."""
+        return hidden.movedim((self.rows, self.channels), (0, -1)).flatten(1, -2)
+
+    def restored(self, sequence: Tensor, shape: torch.Size) -> Tensor:
+        """(b, s, d) in `shape` as the model has it."""
+        places = [size for place, size in enumerate(shape) if place not in (self.rows, self.channels % len(shape))]
+        spread = sequence.reshape(len(sequence), *places, sequence.shape[-1])
+        return spread.movedim((0, -1), (self.rows, self.channels))
+
+
+_FORMS: dict[tuple[type, type], Form | str | None] = {}
+
+
 class BlockSite(Site):
-    """The hidden states (b, s, d) that a block gives to the next one."""
+    """The hidden states that a block gives to the next one, as (b, s, d): a map's positions follow line by line."""
 
     kind = "block"
     locations: ClassVar[dict[str, str]] = {"block": "output_reft"}
     holder = "reft_layer"
 
-    def __init__(self, place: Place, block: nn.Module, width: int) -> None:
-        """width: d of the hidden states."""
+    def __init__(self, place: Place, block: nn.Module, width: int, form: Form | None = None) -> None:
+        """width: d of the hidden states; form: how they lie, None if they are (b, s, d)."""
         super().__init__(place, block)
-        self.width = width
+        self.width, self.form = width, form
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Self]:
-        """Every block."""
+        """Every block but those of towers whose states are no sequence for each row.
+
+        Raises:
+            AdapterError: the model has no others.
+        """
+        forms = _forms(anatomy)
+        refused = next((form for form in forms.values() if isinstance(form, str)), None)
+        if refused and all(isinstance(forms.get(block.path), str) for block in anatomy.blocks):
+            raise AdapterError(
+                f"add_adapter: {refused}, so no first and last positions of a row can be told; use LoRA or a "
+                "bottleneck adapter for this model."
+            )
         for block in anatomy.blocks:
-            place = Place(block.layer, block.stack, block.path, block.path, "block")
-            yield cls(place, block.module, block.width)
+            form = forms.get(block.path)
+            if not isinstance(form, str):
+                place = Place(block.layer, block.stack, block.path, block.path, "block")
+                yield cls(place, block.module, block.width, form)
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the block's output."""
@@ -67,7 +105,13 @@ class BlockSite(Site):
         plan = self.plan()
         if plan is None:
             return None
-        hidden = output if isinstance(output, Tensor) else output[0]
+        given = output if isinstance(output, Tensor) else output[0]
+        if self.form is None and given.dim() != 3:
+            raise AdapterError(
+                f"{self.layer_path} gives hidden states {tuple(given.shape)}, not (b, s, d), so no first and last "
+                "positions can be told; leave this layer out, or use LoRA or a bottleneck adapter."
+            )
+        hidden = given if self.form is None else self.form.sequence(given)
         rows, length = hidden.shape[:2]
         forward, device = current(), hidden.device
         if forward is None or forward.sites is not self.owner:
@@ -76,7 +120,45 @@ class BlockSite(Site):
             key = (BlockSite, self.stack, rows, length, device)
             before, after = forward.once(key, lambda: _counts(forward, self.stack, rows, length, device))
         hidden = evaluate(plan, BlockSignal(None, hidden, before, after), self).hidden
+        hidden = hidden if self.form is None else self.form.restored(hidden, given.shape)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def _forms(anatomy: Anatomy) -> dict[str, Form | str | None]:
+    """For every block that runs on the smallest input how its states lie, or why they are no sequence.
+
+    None: as (b, s, d). One pass for each class of model tells.
+    """
+
+    def key(block: Block) -> tuple[type, type]:
+        return type(anatomy.base_model), type(block.module)
+
+    missing = [block for block in anatomy.blocks if key(block) not in _FORMS]
+    for part in parts(anatomy.base_model) if missing else ():
+        inside = set(part.modules())
+        unseen = [block for block in missing if key(block) not in _FORMS and block.module in inside]
+        if unseen:
+            watcher = Watcher()
+            with suppress(Exception):  # a model's own code, which may refuse such inputs by any; then nothing is known
+                watch(watcher, part, unseen)
+            for block in unseen:
+                outputs = [call.outputs for call in watcher.calls if call.module is block.module and call.outputs]
+                if outputs:
+                    shape = watcher.alive[next(iter(outputs[0].values()))].shape
+                    _FORMS[key(block)] = _form(anatomy, block, shape)
+    return {block.path: _FORMS[key(block)] for block in anatomy.blocks if key(block) in _FORMS}
+
+
+def _form(anatomy: Anatomy, block: Block, shape: torch.Size) -> Form | str | None:
+    name = type(anatomy.base_model).__name__
+    if len(shape) < 3:
+        return f"the blocks of {name} have the positions of all rows in one dimension"
+    if len(shape) > 3 and anatomy.base_model.main_input_name == "input_ids":
+        return f"the blocks of {name} give several hidden states for each token"
+    convolves = any(isinstance(module, nn.Conv2d) for module in block.module.modules())
+    channels = 1 if block.width == shape[1] and (convolves or shape[-1] != block.width) else -1
+    rows = 1 if channels == -1 and len(shape) == 3 and shape[0] != ROWS == shape[1] else 0
+    return None if len(shape) == 3 and (rows, channels) == (0, -1) else Form(rows, channels)
 
 
 def _counts(forward: Forward, stack: str, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

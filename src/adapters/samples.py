@@ -104,6 +104,14 @@ class Sample:
         side, depth = self.number("patch_size", "vision", 8), self.number("temporal_patch_size", "vision", 1)
         return torch.zeros(ROWS * 16, self.number(CHANNELS, "vision", 3) * depth * side**2, device=self.device)
 
+    def states(self) -> Tensor:
+        """Patches, or an image for an encoder that is given one as its hidden states."""
+        return self.image() if self.model.main_input_name == "pixel_values" and not self._packs else self.patches()
+
+    @property
+    def _packs(self) -> bool:
+        return any("grid" in name or "seqlens" in name for name in self.accepted)
+
     def grid(self) -> Tensor:
         """(b, 3): each image has one frame of 4 × 4 patches. Its values are read, so it is never without data."""
         return torch.tensor([[1, 4, 4]] * ROWS)
@@ -138,7 +146,7 @@ MAKERS: dict[str, Callable[[Sample], Any]] = {
     "inputs_embeds": Sample.hidden,
     "query_embeds": Sample.hidden,
     "context": Sample.hidden,
-    "hidden_states": Sample.patches,
+    "hidden_states": Sample.states,
     "grid_thw": Sample.grid,
     "image_grid_thw": Sample.grid,
     "merge_sizes": lambda sample: sample.whole(1)[:, 0],

@@ -94,8 +94,9 @@ class SiteMap:
     def of(self, kind: type[T]) -> list[T]:
         """The sites of one class."""
         if kind not in self._read:
+            found = list(kind.find(self.anatomy))  # nothing is read if that is refused
             self._read.add(kind)
-            for site in kind.find(self.anatomy):
+            for site in found:
                 self._enter(site)
             self._refresh()
         return [site for site in self.sites if type(site) is kind]

@@ -194,7 +194,7 @@ def trace_sublayers(base_model: nn.Module, blocks: list[Block]) -> dict[str, dic
     """
     found: dict[str, dict[str, Sublayer]] = {}
     reason: Exception | None = None
-    for part in _parts(base_model, blocks):
+    for part in parts(base_model):
         missing = [block for block in blocks if block.path not in found and block.module in set(part.modules())]
         if not missing:
             continue
@@ -212,7 +212,7 @@ def trace_sublayers(base_model: nn.Module, blocks: list[Block]) -> dict[str, dic
     return found
 
 
-def _parts(base_model: nn.Module, blocks: list[Block]) -> Iterator[nn.Module]:
+def parts(base_model: nn.Module) -> Iterator[nn.Module]:
     """The model, and for what it cannot reach the models inside it that hold blocks, from large to small."""
     yield base_model
     for module in base_model.modules():
