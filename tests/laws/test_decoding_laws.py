@@ -48,11 +48,7 @@ def tokens(name: str, batch, setup, **kwargs) -> torch.Tensor:
 
 # transformers guides decoders alone
 DECODINGS = [
-    (name, block, way)
-    for way in WAYS
-    for block in BLOCKS
-    for name in GENERATORS
-    if way != "guided" or name in DECODERS
+    (name, block, way) for way in WAYS for block in BLOCKS for name in GENERATORS if way != "guided" or name in DECODERS
 ]
 
 
