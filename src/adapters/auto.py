@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # 
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import TransformersKwargs
 
+from .checkpoints import whole
 from .errors import AdapterError, listing
 from .heads.convert import StaticHead, static_head
 from .heads.language_modeling import CausalLMHead
@@ -49,6 +50,7 @@ class FlexibleAdapterModel(ModelWithFlexibleHeadsAdaptersMixin):
     """What every ``XAdapterModel`` is: a base model under its usual attribute, with adapters and heads."""
 
     base_class: ClassVar[type[PreTrainedModel]]
+    _load_pretrained_model = staticmethod(whole.load_weights)
 
     def __init__(self, config: PreTrainedConfig, static: StaticHead | None = None) -> None:
         """static: the head of the checkpoint that is being loaded, which becomes the one named ``default``."""

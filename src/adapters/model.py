@@ -14,6 +14,7 @@ from . import sharing
 from .checkpoints import adapterhub, setups
 from .checkpoints import fusion as fusion_files
 from .checkpoints import heads as head_files
+from .checkpoints.legacy import upgraded_models
 from .checkpoints.publishing import PushAdapterToHubMixin
 from .combining import CombiningMixin
 from .composition import Block, Fuse, Stack, parse_composition
@@ -70,7 +71,7 @@ class ModelAdaptersMixin(
             self.follow_heads()
             return
         listed = self.config.__dict__.pop("adapters", None)
-        configured = adapters_config or ModelAdaptersConfig(**(listed or {}))
+        configured = adapters_config or ModelAdaptersConfig(**upgraded_models(listed or {}, self.config))
         sites = SiteMap(base)
         for model in {id(base): base, id(self): self}.values():
             enable(model)

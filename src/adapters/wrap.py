@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, Cache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from .checkpoints import peft
+from .checkpoints import peft, whole
 from .composition import Block, MultiTask, Split
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .context import START, AdapterSetup, Forward, Record, generating, state, within
@@ -32,6 +32,7 @@ CONTEXT_ARGUMENTS = (
     "task_ids",
     "adapter_names",
 )
+LOADING = {"_load_pretrained_model": staticmethod(whole.load_weights)}
 _CLASSES: dict[type, type] = {}
 
 
@@ -100,7 +101,7 @@ def init_adapters_config(
 def load_model(
     model_name_or_path: str, model_class: Any, interface: Any = None, *model_args: Any, **kwargs: Any
 ) -> PreTrainedModel:
-    """``model_class.from_pretrained`` for a checkpoint that ``save_pretrained`` of a model with adapters wrote.
+    """``model_class.from_pretrained`` for what ``save_pretrained`` of a model with adapters wrote, here or in 1.x.
 
     Example:
         >>> model = adapters.load_model("folder", BertForSequenceClassification)
@@ -118,7 +119,7 @@ def load_model(
         model_class.__init__(self, config, *args, **arguments)
         ModelAdaptersMixin.init_adapters(self)
 
-    building: Any = type(model_class.__name__, (model_class,), {"__init__": build, **_names(model_class)})
+    building: Any = type(model_class.__name__, (model_class,), {**_names(model_class), "__init__": build, **LOADING})
     loaded: Any = building.from_pretrained(model_name_or_path, *model_args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
     model.__class__ = adapted_class(model_class)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
+from transformers import CONFIG_NAME
 
 from ..configuration.base import AdapterConfig
 from ..configuration.registry import ARCHITECTURES
@@ -39,6 +40,7 @@ UNSAVED = ("subtract_projection", "random_uniform_scale")
 LATER_OF_FUSIONS: Mapping[str, Any] = {"dropout_prob": None}
 """Settings of a fusion that adapter-transformers 1 did not have."""
 LIBRARY = "adapters."
+LAST_FORMER = "adapters.1.3.0"
 LORA_SCALING_FIXED = Version("1.1.0")
 GATED_LORA_SCALING_FIXED = LORA_VARIANTS_FIXED = CROSS_ADAPTERS_FIXED = Version("2.0.0.dev0")
 
@@ -100,6 +102,30 @@ def upgraded_config(full: Mapping[str, Any], weights: Weights, file: Path) -> di
     if not isinstance(config, dict):
         raise CheckpointError(f"{str(file)!r}: 'config' is {config!r}; it must hold the settings of an adapter.")
     return _upgraded(config, full, weights, file)
+
+
+def upgraded_models(listed: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What a whole model's config lists of adapters, as it is written today.
+
+    1.x works with transformers 4 only and this version does not, so the version of transformers tells them apart.
+
+    Args:
+        listed: ``config.adapters``.
+        config: The model's config.
+    """
+    if str(config.transformers_version or "").partition(".")[0] != "4":
+        return dict(listed)
+    crosses = bool(vars(config).get("is_decoder") and vars(config).get("add_cross_attention"))
+    full = {"version": LAST_FORMER, "model_type": config.model_type}
+
+    def upgraded(settings: Any) -> Any:
+        if not isinstance(settings, Mapping):  # a name or a string of a configuration
+            return settings
+        keys = [".crossattention.output.adapters."] if crosses and settings.get("mh_adapter") else []
+        return _upgraded(settings, full, dict.fromkeys(keys, torch.empty(0)), Path(CONFIG_NAME))
+
+    configs = listed.get("config_map") or {}
+    return {**listed, "config_map": {key: upgraded(settings) for key, settings in configs.items()}}
 
 
 def completed(config: AdapterConfig, full: Mapping[str, Any], present: AdapterConfig | None) -> AdapterConfig:
