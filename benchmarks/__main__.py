@@ -20,6 +20,7 @@ from torch import nn
 
 import adapters
 
+from .by_hand import by_hand
 from .methods import table_of_methods
 from .models import (
     BERT_BASE,
@@ -37,7 +38,7 @@ from .models import (
 )
 from .timing import cpu_seconds, import_seconds, interleaved
 
-OURS, PEFTS = ("LoRA", "bottleneck", "prefix"), ("LoRA", "prefix")
+OURS, PEFTS, BY_HAND = ("LoRA", "bottleneck", "prefix"), ("LoRA", "prefix"), ("LoRA", "bottleneck")
 LENGTH, ADAPTERS = 128, 200
 TARGETS = {  # (measurement, row): the most that the ratio may be
     ("forward, batch 1", "inactive"): 1.01,
@@ -110,6 +111,7 @@ def forwards(base: nn.Module, shape: Shape, batch: int, rounds: int) -> dict[str
     models = {"bare": base, "bare, again": base, "inactive": inactive(base)}
     models |= {method: adapted(base, method) for method in OURS}
     models |= {f"PEFT {method}": with_peft(base, method) for method in PEFTS}
+    models |= {f"{method} by hand": by_hand(base, method) for method in BY_HAND}
     example = inputs(shape, batch, LENGTH)
     return interleaved({name: forward(model, example) for name, model in models.items()}, rounds)
 
@@ -118,6 +120,7 @@ def training_steps(base: nn.Module, shape: Shape, batch: int, rounds: int) -> di
     """CPU seconds of a training step by variant; the bare model is trained in full."""
     models = {method: adapted(base, method) for method in OURS}
     models |= {f"PEFT {method}": with_peft(base, method) for method in PEFTS}
+    models |= {f"{method} by hand": by_hand(base, method) for method in BY_HAND}
     example = inputs(shape, batch, LENGTH)
     full = training_step(copy.deepcopy(base).requires_grad_(True), example)
     steps = {name: training_step(model, example) for name, model in models.items()}
@@ -231,7 +234,8 @@ process; the numbers are ratios of the least CPU times.
 VARIANTS_NOTE = """The bare model is there twice: how far "bare, again" is from 1 is the noise. A training step is
 forward, backward and AdamW; "bare" is full fine-tuning there. "inactive" has one adapter of each method, none active.
 LoRA has r = 8 on queries and values, the bottleneck adapter is `seq_bn`, prefixes have 30 tokens (reparametrised,
-width 512), in PEFT too. PEFT has no bottleneck adapters.
+width 512), in PEFT too. PEFT has no bottleneck adapters. "by hand" is the formula written into BERT's own classes
+(benchmarks/by_hand.py), with no library at all: what the formula itself costs on this machine.
 """
 
 METHODS_NOTE = """Ratios to the frozen model with its head in training, in the same process: 1.3.0 runs in an

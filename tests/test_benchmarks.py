@@ -17,7 +17,17 @@ def test_benchmarks_report_every_measurement(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     written = report.read_text("utf-8")
-    for row in ("inactive", "LoRA", "bottleneck", "prefix", "PEFT LoRA", "PEFT prefix", "`adapters.init`"):
+    for row in (
+        "inactive",
+        "LoRA",
+        "bottleneck",
+        "prefix",
+        "PEFT LoRA",
+        "PEFT prefix",
+        "LoRA by hand",
+        "bottleneck by hand",
+        "`adapters.init`",
+    ):
         assert f"| {row} " in written
         assert f"| {row} " in printed
 
