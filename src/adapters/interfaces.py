@@ -11,3 +11,11 @@ PREFIX_LOCATIONS: dict[str, str] = {"distilbert": "self"}
 
 POSITIONS_FROM_MASK: frozenset[str] = frozenset({"opt", "biogpt"})
 """Model types that count positions over the real tokens of the mask where they are given none; others count all."""
+
+WITHOUT_PROMPTS: dict[str, str] = {
+    "deepseek_v4": "its routing by hash reads token ids, of which a prompt has none",
+    "funnel": "its attention pools over lengths that are taken from the tokens",
+    "markuplm": "each of its tokens has a path of tags, of which a prompt has none",
+    "mra": "its attention takes lengths of whole blocks only",
+}
+"""Model types whose input cannot be lengthened by embeddings, and why."""

@@ -102,10 +102,11 @@ def _refuse(sites: SiteMap, name: str, config: AdapterConfig) -> None:
     kinds = {method.site_type for method in methods_of(config)}
     known = sorted({site.location for kind in kinds for site in sites.of(kind)})
     if not known:
+        wanted = {kind.kind for kind in kinds}
         raise AdapterError(
-            f"add_adapter({name!r}, {type(config).__name__}): this version cannot read where the method sits in "
-            f"{type(sites.base_model).__name__}; models are read whose attention has separate q, k and v "
-            "projections, or GPT-2's fused one."
+            f"add_adapter({name!r}, {type(config).__name__}): no {' or '.join(sorted(wanted))} site, which the method "
+            f"needs, was found in {type(sites.base_model).__name__}; docs/architectures.md shows which methods work on "
+            "which models."
         )
     raise AdapterError(
         f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(sites.base_model).__name__}; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -20,10 +21,11 @@ from .composition import Setup
 from .context import state
 from .errors import AdapterError
 from .evaluation import evaluate
-from .interfaces import POSITIONS_FROM_MASK
+from .interfaces import POSITIONS_FROM_MASK, WITHOUT_PROMPTS
 from .layouts import TARGETS, Layout, PromptSignal, Target
 from .sites import Place, Site
 from .topology import Anatomy, input_embeddings, path_of
+from .trace import Watcher, watch
 
 
 class Kept(threading.local):
@@ -71,8 +73,16 @@ class PromptSite(Site):
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Self]:
-        """One, if the model reads tokens or has an embeddings module."""
+        """One, if the model reads tokens or has an embeddings module.
+
+        Raises:
+            AdapterError: its input cannot be lengthened.
+        """
         model = anatomy.base_model
+        if why := WITHOUT_PROMPTS.get(model.config.model_type):
+            raise AdapterError(
+                f"add_adapter: prompts have no place in {type(model).__name__}: {why}; use LoRA or a bottleneck adapter."
+            )
         encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         stack = model.get_encoder() if encoder_decoder else model
         path = path_of(model, stack)
@@ -81,7 +91,9 @@ class PromptSite(Site):
         table = input_embeddings(stack)
         if "inputs_embeds" in _parameters(stack) and isinstance(table, nn.Embedding):
             width = table.embedding_dim
-        elif anatomy.blocks and _embeddings_module(stack) is not None:
+        elif anatomy.blocks and (embeddings := _embeddings_module(stack)) is not None:
+            if not _gives_sequence(model, anatomy, embeddings):
+                raise _no_sequence(model)
             width = anatomy.blocks[0].width
         else:
             return
@@ -206,10 +218,7 @@ class PromptSite(Site):
         if not layouts:
             return None
         if not isinstance(output, Tensor) or output.dim() != 3:
-            raise AdapterError(
-                f"prompt tuning: the embeddings module of {type(self.base_model).__name__} does not give a sequence of "
-                "embeddings (b, s, d), so a prompt has no place; use LoRA or a bottleneck adapter."
-            )
+            raise _no_sequence(self.base_model)
         hidden: Tensor = output
         for layout in layouts:
             hidden = layout.spread(layout.prompt, hidden)
@@ -361,6 +370,24 @@ def _embeddings_module(stack: nn.Module) -> nn.Module | None:
     found = stack._modules.get("embeddings")
     rotary = any("rotary" in name for name in stack._modules)
     return None if rotary or isinstance(found, nn.Embedding) else found
+
+
+def _gives_sequence(model: nn.Module, anatomy: Anatomy, embeddings: nn.Module) -> bool:
+    """Whether an embeddings module gives (b, s, d) and nothing else, as far as a pass on the smallest input tells."""
+    watcher = Watcher()
+    with suppress(Exception):  # a model's own code, which may refuse such inputs by any; then nothing is known
+        watch(watcher, model, anatomy.blocks)
+    call = next((call for call in watcher.calls if call.module is embeddings and call.end), None)
+    if call is None:
+        return True
+    return None in call.outputs and watcher.alive[call.outputs[None]].dim() == 3
+
+
+def _no_sequence(model: nn.Module) -> AdapterError:
+    return AdapterError(
+        f"add_adapter: the embeddings module of {type(model).__name__} does not give a sequence of embeddings "
+        "(b, s, d) alone, so a prompt has no place; use LoRA or a bottleneck adapter."
+    )
 
 
 def _tokens_of(layouts: Sequence[Layout], states: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def input_embeddings(model: Any) -> nn.Module | None:
     """What makes embeddings of the model's input; None if transformers does not know."""
     try:
         found: nn.Module = model.get_input_embeddings()
-    except NotImplementedError:
+    except (NotImplementedError, AttributeError):  # the latter from a class that has not even the method
         return None
     return found
 

@@ -51,5 +51,13 @@ def test_what_is_known_to_fail_fails(model_type: str, methods: tuple[str, ...]) 
     assert {method: kind for method, (kind, _) in found.items()} == dict.fromkeys(methods, "fails"), found
 
 
+WITHOUT_PROMPTS = ["convnext", "deepseek_v4", "fastspeech2_conformer", "funnel", "markuplm", "mra", "vit_mae"]
+
+
+@pytest.mark.parametrize("model_type", WITHOUT_PROMPTS)
+def test_prompts_without_a_place_are_refused_when_added(model_type: str) -> None:
+    assert run_type(model_type, ("prompt_tuning",), CHECKS)["prompt_tuning"][0] == "refused"
+
+
 def test_the_page_has_types() -> None:
     assert {model_type for model_type, _ in FAILURES} <= set(types())
