@@ -205,7 +205,8 @@ def check_lengths(
         row = lengths.index(max(lengths))
         raise AdapterError(
             f"The {split} data, question {data[row]['id']!r}: it has {lengths[row]} tokens; with max_seq_length="
-            f"{data_args.max_seq_length} and doc_stride={data_args.doc_stride} it must have fewer than {room}."
+            f"{data_args.max_seq_length} and doc_stride={data_args.doc_stride} it must have fewer than {room}. "
+            "Raise the one or lower the other."
         )
 
 
