@@ -32,15 +32,30 @@ def with_layouts(base_model: nn.Module, blocks: list[Block]) -> list[Block]:
 
     A fused projection whose parts cannot be told apart is no attention's: it is among the block's other maps.
     """
-    needed = {_key(base_model, core): core for block in blocks for core in block.cores if _is_unknown(core)}
+    unknown = [core for block in blocks for core in block.cores if _is_unknown(core)]
+    needed = {_key(base_model, core): core for core in reversed(unknown)}  # the first of each kind
     missing = {key: core for key, core in needed.items() if key not in _LAYOUTS}
     if missing:
-        watcher = Watcher(keep={core.module for core in missing.values()})
+        watcher = _Glance(keep={core.module for core in missing.values()})
         _attempt(functools.partial(watch, watcher, base_model, blocks))
         for key, core in missing.items():
             call = next((call for call in watcher.calls if call.module is core.module and call.given), None)
             _LAYOUTS[key] = None if call is None else _attempt(functools.partial(_measured, core, *call.given))
     return [_with_layout(base_model, block) if any(map(_is_unknown, block.cores)) else block for block in blocks]
+
+
+class _Seen(Exception):
+    """All that was to be seen of a pass was seen."""
+
+
+class _Glance(Watcher):
+    """Ends the pass as soon as all modules that are to be kept were called."""
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module is called."""
+        super().enter(module, args, kwargs)
+        if module in self.keep and {call.module for call in self.calls}.issuperset(self.keep):
+            raise _Seen
 
 
 def _attempt(measure: Callable[[], Any]) -> Any:
