@@ -240,9 +240,9 @@ class SiteMap:
         beside = [site for site in self.sites if not isinstance(site, SublayerSite) and leaves & set(site.adapters)]
         if places and beside:
             raise CompositionError(
-                f"add_adapter_fusion({fuse.name!r}): {listing(leaves & set(beside[0].adapters))} acts at "
-                f"{beside[0].path or 'the embeddings'} too, where no update is there to be weighed; fuse adapters that "
-                "are bottlenecks and nothing else, or use Average."
+                f"add_adapter_fusion({fuse.name!r}): at {beside[0].path or 'the embeddings'} sits another part of "
+                f"{listing(leaves & set(beside[0].adapters))}, where no update is there to be weighed; fuse adapters "
+                "that are bottlenecks and nothing else, or use Average."
             )
         incomplete = [site for site in places if not leaves <= set(site.adapters)]
         if not places or incomplete:
