@@ -126,8 +126,16 @@ ACTIVATIONS = {
         CompositionError,
         "at .*prefix_tuning sits another part of 'u'",
     ),
-    "fusion of an invertible": (lambda m: m.add_adapter_fusion(["a", "i"]), CompositionError, "at the embeddings sits another part of 'i'"),
-    "fusion of a lora": (lambda m: m.add_adapter_fusion(["a", "c"]), CompositionError, "sits another part of 'c'.*use Average"),
+    "fusion of an invertible": (
+        lambda m: m.add_adapter_fusion(["a", "i"]),
+        CompositionError,
+        "at the embeddings sits another part of 'i'",
+    ),
+    "fusion of a lora": (
+        lambda m: m.add_adapter_fusion(["a", "c"]),
+        CompositionError,
+        "sits another part of 'c'.*use Average",
+    ),
     "fusion of other places": (lambda m: m.add_adapter_fusion(["a", "n"]), CompositionError, "attention_adapters only"),
     "another fusion in its place": (
         lambda m: m.add_adapter_fusion(["a", "c"], name="a,b", overwrite_ok=True),

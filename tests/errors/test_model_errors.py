@@ -96,7 +96,11 @@ REFUSED = {
         CompositionError,
         r"not sit at the same.*'c'",
     ),
-    "fusion of a lora": (lambda m: m.add_adapter_fusion(["a", "b"]), CompositionError, "at .*query sits another part of 'b'"),
+    "fusion of a lora": (
+        lambda m: m.add_adapter_fusion(["a", "b"]),
+        CompositionError,
+        "at .*query sits another part of 'b'",
+    ),
     "fusion of no bottleneck": (
         lambda m: m.add_adapter_fusion(["b"]),
         CompositionError,
