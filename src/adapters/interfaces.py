@@ -15,7 +15,9 @@ POSITIONS_FROM_MASK: frozenset[str] = frozenset({"opt", "biogpt"})
 WITHOUT_PROMPTS: dict[str, str] = {
     "deepseek_v4": "its routing by hash reads token ids, of which a prompt has none",
     "funnel": "its attention pools over lengths that are taken from the tokens",
-    "markuplm": "each of its tokens has a path of tags, of which a prompt has none",
     "mra": "its attention takes lengths of whole blocks only",
 }
 """Model types whose input cannot be lengthened by embeddings, and why."""
+
+MASK_OF_TOKENS: frozenset[str] = frozenset({"layoutlm", "markuplm"})
+"""Model types that make a mask of the length of their tokens, not of their embeddings, where they are given none."""

@@ -21,7 +21,7 @@ from .composition import Setup
 from .context import state
 from .errors import AdapterError
 from .evaluation import evaluate
-from .interfaces import POSITIONS_FROM_MASK, WITHOUT_PROMPTS
+from .interfaces import MASK_OF_TOKENS, POSITIONS_FROM_MASK, WITHOUT_PROMPTS
 from .layouts import TARGETS, Layout, PromptSignal, Target
 from .sites import Place, Site
 from .topology import Anatomy, input_embeddings, path_of
@@ -81,7 +81,8 @@ class PromptSite(Site):
         model = anatomy.base_model
         if why := WITHOUT_PROMPTS.get(model.config.model_type):
             raise AdapterError(
-                f"add_adapter: prompts have no place in {type(model).__name__}: {why}; use LoRA or a bottleneck adapter."
+                f"add_adapter: prompts have no place in {type(model).__name__}: {why}; use LoRA or a bottleneck "
+                "adapter."
             )
         encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         stack = model.get_encoder() if encoder_decoder else model
@@ -292,7 +293,8 @@ class PromptSite(Site):
         rows, mask, cache = len(inputs[name]), inputs.get("attention_mask"), inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         self._check(mask)
-        if mask is None and self._masks_embeddings:  # the model would make one of the input's length
+        masks = self._masks_embeddings or self.base_model.config.model_type in MASK_OF_TOKENS
+        if mask is None and masks:  # the model would make one of the input's length
             mask = self.reference.new_ones(rows, self._tokens(name, inputs), dtype=torch.long)
         signals = self._signals(plan, rows, 0 if past else self.width)
         added = sum(signal.prompt.shape[1] for signal in signals)

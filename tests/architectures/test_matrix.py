@@ -51,7 +51,7 @@ def test_what_is_known_to_fail_fails(model_type: str, methods: tuple[str, ...]) 
     assert {method: kind for method, (kind, _) in found.items()} == dict.fromkeys(methods, "fails"), found
 
 
-WITHOUT_PROMPTS = ["convnext", "deepseek_v4", "fastspeech2_conformer", "funnel", "markuplm", "mra", "vit_mae"]
+WITHOUT_PROMPTS = ["convnext", "deepseek_v4", "fastspeech2_conformer", "funnel", "mra", "vit_mae"]
 
 
 @pytest.mark.parametrize("model_type", WITHOUT_PROMPTS)
