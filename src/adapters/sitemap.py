@@ -241,13 +241,13 @@ class SiteMap:
         if places and beside:
             raise CompositionError(
                 f"add_adapter_fusion({fuse.name!r}): at {beside[0].path or 'the embeddings'} sits another part of "
-                f"{listing(leaves & set(beside[0].adapters))}, where no update is there to be weighed; fuse adapters "
-                "that are bottlenecks and nothing else, or use Average."
+                f"{listing(sorted(leaves & set(beside[0].adapters)))}, where no update is there to be weighed; fuse "
+                "adapters that are bottlenecks and nothing else, or use Average."
             )
         incomplete = [site for site in places if not leaves <= set(site.adapters)]
         if not places or incomplete:
             where = (
-                f"at {incomplete[0].path} only {listing(leaves & set(incomplete[0].adapters))} is there"
+                f"at {incomplete[0].path} only {listing(sorted(leaves & set(incomplete[0].adapters)))} is there"
                 if incomplete
                 else ("none of them is a bottleneck adapter")
             )

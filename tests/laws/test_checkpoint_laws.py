@@ -1,7 +1,6 @@
 """What is saved and loaded computes what it did, bit for bit: every method, architecture, format and kind of model."""
 
 import functools
-import logging
 import warnings
 
 import pytest
@@ -28,7 +27,6 @@ import adapters
 ALL = METHODS | MORE_METHODS
 CASES = [(name, method) for name in CONFIGS for method in ALL if name not in REFUSED.get(method, ())]
 WITH_HEAD = ("bert", "roberta", *GENERATORS)
-logging.getLogger("adapters").setLevel(logging.ERROR)
 
 
 @functools.cache

@@ -264,7 +264,9 @@ def test_the_numbers_of_the_specification() -> None:
         module.weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 5.0]]))
         module.bias.copy_(torch.tensor([1.0, 0.0]))
     for legacy, wanted in ((True, 9.7073), (False, 5 / math.hypot(9, 4) * 13 + 1)):
-        site = adapters.sites.LinearSite(adapters.sites.Place(0, "", "", "", "q"), module, 2, 2)
+        site = adapters.sites.LinearSite(
+            adapters.sites.Place(0, "", "", "", "q"), adapters.topology.Linear("", module, 2, 2)
+        )
         dora = adapters.methods.dora.DoRA(LoRAConfig(r=1, alpha=2, use_dora=True, legacy=legacy), site)
         with torch.no_grad():
             dora.lora_A.copy_(torch.tensor([[1.0, 0.0]]))
