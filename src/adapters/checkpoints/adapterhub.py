@@ -155,12 +155,12 @@ def load_adapter(
         warnings.warn(f"{asked}: config and model_name have no effect; leave them out.", FutureWarning, stacklevel=3)
     folder = hub.resolve(asked, os.fspath(adapter_name_or_path), version, **download_arguments)
     id2label = id2label if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
-    if peft.is_peft(folder):
+    if peft.is_peft(full := files.read_json(folder / ADAPTER.config)):
         peft.check_arguments(asked, leave_out=leave_out, custom_weights_loaders=custom_weights_loaders)
         load_as = load_as or peft.default_name(adapter_name_or_path)
-        adapter, head = peft.read_folder(model, folder, asked, load_as, with_head, id2label, use_safetensors)
+        adapter, head = peft.read_folder(model, folder, full, asked, load_as, with_head, id2label, use_safetensors)
     else:
-        adapter, head = _read_folder(model, folder, load_as, with_head, leave_out, id2label, use_safetensors)
+        adapter, head = _read_folder(model, folder, full, load_as, with_head, leave_out, id2label, use_safetensors)
     with all_or_nothing(model, undo) as changes:
         place(Adapters(model), adapter, asked, loading_info, changes, complete=leave_out is None)
         if set_active:
@@ -176,14 +176,19 @@ def load_adapter(
 def _read_folder(
     model: "ModelAdaptersMixin",
     folder: Path,
+    full: Mapping[str, Any],
     load_as: str | None,
     with_head: bool,
     leave_out: list[int] | None,
     id2label: Mapping[int, str] | None,
     use_safetensors: bool,
 ) -> tuple[Saved[AdapterConfig], heads.SavedHead | None]:
-    """The adapter and the head beside it; touches no model."""
-    adapter = read_adapter(folder, load_as, leave_out, use_safetensors)
+    """The adapter, whose config file holds `full`, and the head beside it; touches no model.
+
+    Raises:
+        CheckpointError: A file is missing or broken.
+    """
+    adapter = _read_adapter(folder, full, load_as, leave_out or [], use_safetensors)
     present = model.adapters_config.get(adapter.name)
     adapter = replace(adapter, config=legacy.completed(adapter.config, adapter.file, present))
     if not with_head:
@@ -191,23 +196,17 @@ def _read_folder(
     return adapter, heads.beside_adapter(model, folder, adapter.name, load_as, id2label, use_safetensors)
 
 
-def read_adapter(
-    folder: Path, load_as: str | None = None, leave_out: list[int] | None = None, use_safetensors: bool = True
+def _read_adapter(
+    folder: Path, full: Mapping[str, Any], load_as: str | None, leave_out: list[int], use_safetensors: bool
 ) -> Saved[AdapterConfig]:
-    """Reads the folder of an adapter; touches no model.
-
-    Raises:
-        CheckpointError: A file is missing or broken.
-    """
     file = folder / ADAPTER.config
-    full = files.read_json(file)
     old = full.get("name") if isinstance(full.get("name"), str) else None
     name = load_as or old
     if not name:
         raise CheckpointError(f"{str(file)!r}: 'name' is {old!r}; it must be the adapter's name. Pass load_as.")
     saved = legacy.upgraded_weights(files.read_weights(folder, ADAPTER, use_safetensors))
     try:
-        config = build_config(_without_layers(legacy.upgraded_config(full, saved, file), leave_out or []))
+        config = build_config(_without_layers(legacy.upgraded_config(full, saved, file), leave_out))
     except CheckpointError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # AdapterError is a ValueError

@@ -30,10 +30,9 @@ TASKS = {
 """PEFT's names of tasks, each with that of transformers."""
 
 
-def is_peft(folder: Path) -> bool:
-    """Whether the folder holds an adapter of PEFT."""
-    file = folder / PEFT.config
-    return file.is_file() and "peft_type" in files.read_json(file)
+def is_peft(config: Mapping[str, Any]) -> bool:
+    """Whether this is the config file of an adapter of PEFT; the native format has one of the same name."""
+    return "peft_type" in config
 
 
 def default_name(asked_for: str | os.PathLike[str]) -> str:
@@ -55,6 +54,7 @@ def check_arguments(asked: str, **arguments: Any) -> None:
 def read_folder(
     model: "ModelAdaptersMixin",
     folder: Path,
+    options: Options,
     asked: str,
     name: str,
     with_head: bool,
@@ -64,13 +64,13 @@ def read_folder(
     """The adapter and, where there is one for this class of model, the head; touches no model.
 
     Args:
+        options: What its config file holds.
         asked: The call, for messages.
         name: What the adapter is called in the model.
 
     Raises:
         CheckpointError: The folder is broken, or cannot be mapped; the message names the option.
     """
-    options = files.read_json(folder / PEFT.config)
     saved, head = read(model, options, files.read_weights(folder, PEFT, use_safetensors), name, asked, alone=True)
     return saved, head_of(model, head, options, name, asked, id2label) if with_head else None
 
