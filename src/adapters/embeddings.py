@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from .checkpoints.atomic import write_all
 from .errors import AdapterError, CheckpointError, listing, suggestion
@@ -128,8 +127,7 @@ class EmbeddingAdaptersMixin:
             raise CheckpointError(f"{asked}: {str(file)!r} cannot be read: {error}. Save it again.") from error
         if not (isinstance(weight, Tensor) and weight.dim() == 2):
             raise CheckpointError(f"{asked}: {str(file)!r} holds no matrix (words, d); save it with save_embeddings.")
-        folder = Path(path) / TOKENIZER_FOLDER
-        tokenizer = AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
+        tokenizer = _tokenizer(Path(path) / TOKENIZER_FOLDER)
         self._enter(name, weight.detach().to(table.weight.dtype))
         return tokenizer
 
@@ -225,6 +223,13 @@ class EmbeddingAdaptersMixin:
                 f"{asked}: the adapters {listing(sorted(found))} sit at the embeddings in use, and have their shape; "
                 "delete_adapter first."
             )
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer that was saved to a folder; None if there is no folder."""
+    from transformers import AutoTokenizer  # slow to import, and rarely needed
+
+    return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
 
 
 def _stored(weight: nn.Parameter, padding: int | None) -> nn.Embedding:
