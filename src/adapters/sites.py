@@ -337,7 +337,7 @@ class LinearSite(Site):
     def stored(self) -> Tensor:
         """What W is read from: it changes when W does, so what is computed of W holds until then."""
         weight: Tensor | None = self.host._parameters.get("weight")
-        return next(chain(self.host.parameters(), self.host.buffers())) if weight is None else weight
+        return self.reference if weight is None else weight
 
     @property
     def bias(self) -> Tensor | None:

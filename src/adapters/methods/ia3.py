@@ -15,6 +15,7 @@ from ..sites import LinearSite
 from .lora import LinearChange, LoRAConfig
 from .lora_init import initialise
 from .patterns import is_target
+from .products import plus_change_of_input
 
 
 @dataclass(eq=False)
@@ -124,10 +125,7 @@ class InputIA3(LinearChange):
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        if signal.transformed:
-            return signal
-        change = self.site.map(self.transform_input(signal.x) - signal.x)
-        return LinearSignal(signal.rows, signal.x, signal.output + change)
+        return plus_change_of_input(signal, self.site.map, self.transform_input)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The columns of W times alpha l."""

@@ -15,7 +15,7 @@ from ..derived import Derived
 from ..method import AdapterModule
 from ..signals import LinearSignal
 from ..sites import LinearSite
-from .lora import ATTENTION_MATRICES, is_placed
+from .lora import ATTENTION_MATRICES, asked_locations, is_placed
 from .patterns import check_targets, check_targets_used
 from .products import plus_low_rank, plus_product
 
@@ -84,9 +84,7 @@ class LinearMethod(AdapterModule[LinearSignal]):
     @classmethod
     def asks_for(cls, config: LinearMethodConfig) -> set[str]:
         """The location flags that are set."""
-        if config.target_modules is not None:
-            return set()
-        return {location for location in LinearSite.locations.values() if config[location]}
+        return asked_locations(config, LinearSite)
 
     def new(self, *shape: int) -> nn.Parameter:
         """A parameter without values yet, of the dtype that the configuration asks for."""

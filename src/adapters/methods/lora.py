@@ -185,6 +185,13 @@ def is_placed(config: Mapping[str, Any], site: Site) -> bool:
     return bool(config[site.location]) and named
 
 
+def asked_locations(config: Mapping[str, Any], kind: type[Site]) -> set[str]:
+    """The flags of `config` for places at sites of a kind that are set; none of them counts with ``target_modules``."""
+    if config["target_modules"] is not None:
+        return set()
+    return {location for location in kind.locations.values() if config[location]}
+
+
 class LinearChange(AdapterModule[LinearSignal]):
     """What the kinds of change that a LoRAConfig describes have in common: their places, scale and gate.
 
@@ -228,9 +235,7 @@ class LinearChange(AdapterModule[LinearSignal]):
     @classmethod
     def asks_for(cls, config: LoRAConfig) -> set[str]:
         """The location flags that are set."""
-        if config.target_modules is not None:
-            return set()
-        return {location for location in cls.site_type.locations.values() if config[location]}
+        return asked_locations(config, cls.site_type)
 
     def opened(self, signal: LinearSignal) -> Tensor | None:
         """(b, 1) how far the gate is open for each row, which is reported; None without a gate."""

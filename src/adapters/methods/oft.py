@@ -14,6 +14,7 @@ from ..method import register, seeded
 from ..signals import LinearSignal
 from ..sites import LinearSite
 from .linear_method import LinearMethod, LinearMethodConfig
+from .products import plus_change_of_input
 
 NARROW = 8
 """Blocks of so many inputs or fewer are multiplied from the left: the rows of a batch are then what is contiguous."""
@@ -154,10 +155,7 @@ class OFT(LinearMethod):
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        if signal.transformed:
-            return signal
-        change = self.site.map(self.transform_input(signal.x) - signal.x)
-        return LinearSignal(signal.rows, signal.x, signal.output + change)
+        return plus_change_of_input(signal, self.site.map, self.transform_input)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W R."""

@@ -1,5 +1,7 @@
 """Adding a product to what a linear map has given, in the order of calls that is the fastest for its shapes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -46,3 +48,13 @@ def plus_product(signal: LinearSignal, x: Tensor, weight: Tensor) -> LinearSigna
         product = linear(x.to(weight.dtype), weight)
         return LinearSignal(signal.rows, signal.x, output + product.to(output.dtype))
     return plus_matrix_product(signal, x.flatten(0, -2), weight.T)
+
+
+def plus_change_of_input(
+    signal: LinearSignal, weigh: Callable[[Tensor], Tensor], transform: Callable[[Tensor], Tensor]
+) -> LinearSignal:
+    """The signal with W (transform(x) - x) added, where weigh gives W x; unchanged if its output is W transform(x)."""
+    if signal.transformed:
+        return signal
+    change = weigh(transform(signal.x) - signal.x)
+    return LinearSignal(signal.rows, signal.x, signal.output + change)
