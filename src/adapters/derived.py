@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 T = TypeVar("T")
 
@@ -22,7 +22,8 @@ class Derived:
 
     def get(self, key: Hashable, parameters: Iterable[Tensor], compute: Callable[[], T]) -> T:
         """``compute()``, or what it gave before. It is computed each time where a gradient is to flow through it."""
-        if torch.compiler.is_compiling():
+        # FSDP writes what it gathers into a parameter's memory and leaves the version as it was.
+        if torch.compiler.is_compiling() or (distributed.is_available() and distributed.is_initialized()):
             return compute()
         stamp: list[Hashable] = [torch.is_inference_mode_enabled()]
         for parameter in parameters:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listing
+from ..sharded import set_whole, whole
 from ..sites import Site
 from . import names
 from .files import Weights
@@ -96,7 +97,7 @@ def renamed(tensors: Mapping[str, T], old: str, new: str) -> dict[str, T]:
 def gathered(slots: Slots, prefix: str) -> Weights:
     """Copies of the tensors on CPU, each with memory of its own, by file key."""
     copies = {
-        prefix + key: torch.cat([part.detach().cpu() for part in parts]) if len(parts) > 1 else copied(parts[0])
+        prefix + key: torch.cat([whole(part).cpu() for part in parts]) if len(parts) > 1 else copied(parts[0])
         for key, parts in slots.items()
     }
     return names.written(copies)
@@ -104,7 +105,7 @@ def gathered(slots: Slots, prefix: str) -> Weights:
 
 def copied(tensor: Tensor) -> Tensor:
     """A contiguous copy on CPU: files must hold neither views nor two names for one memory."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def fill(slots: Slots, weights: Mapping[str, Tensor]) -> None:
         parts = slots[key]
         pieces = torch.split(tensor, [len(part) for part in parts]) if len(parts) > 1 else (tensor,)
         for part, piece in zip(parts, pieces, strict=True):
-            part.copy_(piece)
+            set_whole(part, piece)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..configuration.checks import check_integer, check_number
 from ..configuration.registry import register_architecture, register_config
 from ..errors import AdapterError
 from ..method import register, seeded
+from ..sharded import set_whole, whole
 from ..sites import LinearSite
 from .linear_method import LinearUpdateConfig, LowRankUpdate
 
@@ -104,8 +105,9 @@ class AdaLoRA(LowRankUpdate):
 
     def orthogonality(self) -> Tensor:
         """||Q Qᵀ - I|| + ||Pᵀ P - I||."""
-        identity = torch.eye(len(self.lora_A), dtype=self.lora_A.dtype, device=self.lora_A.device)
-        rows, columns = self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B
+        down, up = whole(self.lora_A), whole(self.lora_B)
+        identity = torch.eye(len(down), dtype=down.dtype, device=down.device)
+        rows, columns = down @ down.T, up.T @ up
         both: Tensor = (rows - identity).norm() + (columns - identity).norm()
         return both
 
@@ -125,8 +127,8 @@ class AdaLoRA(LowRankUpdate):
 
     def importance(self) -> Tensor:
         """(r,) of each triplet; eq. 8."""
-        zero = torch.zeros_like(self.lora_E[:, 0])
-        scores = {name: mean * deviation for name, (mean, deviation) in self._importance.items()}
+        zero = torch.zeros_like(self.kept, dtype=self.lora_E.dtype)
+        scores = {name: whole(mean * deviation) for name, (mean, deviation) in self._importance.items()}
         triplets = [scores["lora_E"][:, 0]] if "lora_E" in scores else [zero]
         triplets += [scores["lora_A"].mean(1)] if "lora_A" in scores else []
         triplets += [scores["lora_B"].mean(0)] if "lora_B" in scores else []
@@ -135,7 +137,7 @@ class AdaLoRA(LowRankUpdate):
     @torch.no_grad()
     def keep(self, triplets: Tensor) -> None:
         """Set the singular values of all other triplets to zero; their gradients may bring them back."""
-        self.lora_E.masked_fill_(~triplets[:, None], 0)
+        set_whole(self.lora_E, whole(self.lora_E).masked_fill(~triplets[:, None], 0))
 
 
 def budget(config: AdaLoRAConfig, step: int, total: int, modules: int) -> tuple[int, bool]:

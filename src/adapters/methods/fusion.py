@@ -14,6 +14,7 @@ from ..configuration.files import read_config_file
 from ..context import report
 from ..derived import Derived
 from ..errors import ConfigError, suggestion
+from ..sharded import whole
 from ..signals import SublayerSignal
 from .bottleneck import Bottleneck
 
@@ -45,6 +46,8 @@ class AdapterFusionConfig(AdapterConfig):
         super().__post_init__()
         if self.dropout_prob is not None:
             check_fraction(self, "dropout_prob")
+        if self.modules is not None:
+            raise self.refusal("modules", "not possible here", "a fusion sits where its adapters do: it must be None")
 
     @staticmethod
     def load(
@@ -258,8 +261,9 @@ class Fusion(nn.Module):
         """0.01 ||I - V||^2, if the configuration asks for it and the values are projected and trained."""
         if not self.config.regularization or self.value is None or not self.value.weight.requires_grad:
             return None
-        identity = torch.eye(self.value.out_features, device=self.value.weight.device, dtype=self.value.weight.dtype)
-        return 0.01 * (identity - self.value.weight).pow(2).sum()
+        weight = whole(self.value.weight)
+        identity = torch.eye(self.value.out_features, device=weight.device, dtype=weight.dtype)
+        return 0.01 * (identity - weight).pow(2).sum()
 
 
 def _sums(products: Tensor, sizes: list[int]) -> Tensor:

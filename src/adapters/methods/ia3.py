@@ -60,7 +60,7 @@ class IA3(LinearChange):
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        factor, gate = self.lora_B.T[0], self.opened(signal)
+        factor, gate = self.lora_B[:, 0], self.opened(signal)
         factor = factor if self.scale == 1 else factor * self.scale
         factor = factor if gate is None else factor * gate[:, None]
         return replace(signal, output=signal.output * factor.to(signal.output.dtype))

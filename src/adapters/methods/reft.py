@@ -228,7 +228,9 @@ class Reft(AdapterModule[BlockSignal]):
         changes = [torch.where(meant, unit(flat[index]), 0) for unit, index, meant in parts]
         change = changes[0] if len(changes) == 1 else torch.cat(changes)
         index = parts[0][1] if len(parts) == 1 else torch.cat([part[1] for part in parts])
-        return replace(signal, hidden=flat.index_add(0, index, change).view(hidden.shape))
+        changed = flat.index_add(0, index, change)
+        # A block that returns a view would lose FSDP's hooks if the model changed it in place.
+        return replace(signal, hidden=torch.ops.aten._unsafe_view(changed, hidden.shape))
 
     def _positions(self, signal: BlockSignal) -> "tuple[Chosen | None, Chosen | None]":
         forward = current()
