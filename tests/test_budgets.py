@@ -26,6 +26,7 @@ ORDER += [
     "topology",
     "samples",
     "quantised",
+    "sharded",
     "trace",
     "fused",
     "sites",
