@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import TransformersKwargs
 
 from .checkpoints import whole
+from .checkpoints.atomic import finish
 from .errors import AdapterError, listing
 from .heads.convert import StaticHead, static_head
 from .heads.language_modeling import CausalLMHead
@@ -73,6 +75,7 @@ class FlexibleAdapterModel(ModelWithFlexibleHeadsAdaptersMixin):
             >>> model.active_head
             'default'
         """
+        finish(Path(pretrained_model_name_or_path or ""))
         static = cls._static_head(pretrained_model_name_or_path, config, kwargs)
         if static is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)

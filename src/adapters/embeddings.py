@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.atomic import write_all
+from .checkpoints.atomic import finish_around, write_all
 from .errors import AdapterError, CheckpointError, listing, suggestion
 from .topology import linear_shape
 from .vocabulary import LookupSite, OutputSite, input_table
@@ -119,6 +119,7 @@ class EmbeddingAdaptersMixin:
         """
         asked, file = f"load_embeddings({os.fspath(path)!r}, {name!r})", Path(path) / EMBEDDING_FILE
         table = self._new_name(asked, name)
+        finish_around(Path(path))
         if not file.is_file():
             raise MissingEmbeddingsError(f"{asked}: No embeddings found at {file}; give a folder of save_embeddings.")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
+from .checkpoints.files import save_model
 from .checkpoints.heads import is_flexible
 from .composition import Setup, Stack, parse_composition
 from .containers import AdapterDict
@@ -39,10 +41,10 @@ def save_merged(
         )
     with model.adapter_sites.merging(_setup(model, adapter_setup)):
         if is_flexible(model):
-            _plain_model(model, head_name).save_pretrained(folder, **kwargs)
+            save_model(folder, _plain_model(model, head_name).save_pretrained, **kwargs)
         else:
-            written: Any = model
-            PreTrainedModel.save_pretrained(written, folder, state_dict=_plain_state(model), **kwargs)
+            save_plain: Any = partial(PreTrainedModel.save_pretrained, model)
+            save_model(folder, save_plain, state_dict=_plain_state(model), **kwargs)
 
 
 def _setup(model: ModelAdaptersMixin, asked: Any) -> Setup:

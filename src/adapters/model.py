@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharing
-from .checkpoints import adapterhub, setups
+from .checkpoints import adapterhub, files, setups
 from .checkpoints import fusion as fusion_files
 from .checkpoints import heads as head_files
 from .checkpoints.legacy import upgraded_models
@@ -28,7 +28,7 @@ from .invertible import InvertibleAdaptersMixin
 from .methods import lora_data
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
 from .methods.prefix_tuning import eject
-from .placement import check_layers
+from .placement import check_fused, check_layers
 from .quantised import keep_differentiable
 from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
@@ -147,8 +147,10 @@ class ModelAdaptersMixin(
         self.adapters_config.add(candidate, loaded)
         try:
             self.adapter_sites.add(candidate, self.adapters_config.members(candidate))
+            check_fused(self.adapter_sites, self.adapters_config, adapter_name, candidate)
         except BaseException:
             self.adapters_config.remove(candidate)
+            self.adapter_sites.remove(candidate)
             raise
         if taken:  # what is there goes only when its successor is known to fit
             for name in (candidate, adapter_name):
@@ -492,12 +494,12 @@ class ModelAdaptersMixin(
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the whole model; adapters, fusions and heads are in it. ``adapters.load_model`` reads them back.
 
-        The weights are saved without a merged adapter, which is in the files itself.
+        The weights are saved without a merged adapter, which is in the files itself. All files are written or none.
         """
         self.config.adapters = self.adapters_config.to_dict()
         try:
             with self.adapter_sites.merging(None):
-                super().save_pretrained(save_directory, **kwargs)
+                files.save_model(save_directory, super().save_pretrained, **kwargs)
         finally:
             del self.config.adapters
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .configuration.base import AdapterConfig
+from .configuration.model_adapters_config import ModelAdaptersConfig
 from .containers import child, child_dict, remove_child
 from .errors import AdapterError, listing
 from .method import AdapterModule, methods_of, seeded
@@ -90,6 +91,21 @@ def check_layers(anatomy: Anatomy, asked: str, layers: Iterable[int]) -> None:
         )
 
 
+def check_fused(sites: SiteMap, known: ModelAdaptersConfig, name: str, successor: str) -> None:
+    """Refuse a successor of a fused adapter that does not sit at the places of the one that is there.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    fused = [fusion for fusion in known.fusions if name in (known.get_fusion(fusion)[1] or ())]
+    places, others = ({id(site) for site, _ in sites.holding(each)} for each in (name, successor))
+    if fused and name in sites and places != others:
+        raise AdapterError(
+            f"overwriting {name!r}: it is fused in {fused[0]!r}, whose layers stand where it sits, and its successor "
+            f"sits at other places; delete_adapter_fusion({fused[0]!r}) first, or take another name."
+        )
+
+
 def _check_host(base_model: nn.Module, name: str, site: Site) -> None:
     if not site.is_current(base_model):
         raise AdapterError(
@@ -150,5 +166,7 @@ def like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
         if tensor.device != factory["device"] or tensor.dtype != factory.get("dtype", tensor.dtype):
             module.to(**factory)
             break
-    if not site.host.training:
+    if not site.host.training and module._modules:
         module.eval()
+    elif not site.host.training:
+        vars(module)["training"] = False  # eval() takes ten times as long

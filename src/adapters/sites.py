@@ -159,7 +159,8 @@ class Site:
     @property
     def reference(self) -> Tensor:
         """A tensor whose device new parameters take, and whose dtype too where it is a floating one."""
-        return next(chain(self.host.parameters(), self.host.buffers()))
+        weight: Tensor | None = self.host._parameters.get("weight")
+        return next(chain(self.host.parameters(), self.host.buffers())) if weight is None else weight
 
     def put(self, name: str, module: AdapterModule[Any]) -> None:
         """Take in an adapter."""
@@ -336,8 +337,7 @@ class LinearSite(Site):
     @property
     def stored(self) -> Tensor:
         """What W is read from: it changes when W does, so what is computed of W holds until then."""
-        weight: Tensor | None = self.host._parameters.get("weight")
-        return self.reference if weight is None else weight
+        return self.reference
 
     @property
     def bias(self) -> Tensor | None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig, Cache, EncoderDecoderCache, GenerationMixin
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .checkpoints import peft, whole
+from .checkpoints.atomic import finish
 from .composition import Block, MultiTask, Split
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .context import START, AdapterSetup, Forward, Record, generating, state, within
@@ -108,6 +110,7 @@ def load_model(
     """
     if interface is not None:
         raise AdapterError("load_model(interface=…): this version takes no interface; leave the argument out.")
+    finish(Path(model_name_or_path))
     if issubclass(model_class, _BaseAutoModelClass):
         config = kwargs.get("config") or AutoConfig.from_pretrained(model_name_or_path)
         model_class = model_class._model_mapping[type(config)]

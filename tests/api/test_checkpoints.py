@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, XLMRobertaConfig
 
 import adapters
-from adapters import AutoAdapterModel, BnConfig, ConfigUnion, LoRAConfig, PrefixTuningConfig
+from adapters import AdapterError, AutoAdapterModel, BnConfig, ConfigUnion, LoRAConfig, PrefixTuningConfig
 from adapters.checkpoints import WeightsLoader, names
 from adapters.composition import BatchSplit, Fuse, Parallel, Stack
 
@@ -307,6 +307,32 @@ def test_overwriting_with_another_config_replaces(tmp_path):
     assert model.active_adapters == Stack("b", "a")
 
 
+def test_a_fused_adapter_is_overwritten_by_one_that_fits_only(tmp_path):
+    model = with_adapter(bare, "bert", "bottleneck")
+    model.add_adapter("b", config=METHODS["bottleneck"])
+    model.add_adapter_fusion(["a", "b"], set_active=True)
+    other = bare()
+    other.add_adapter("a", config="lora")
+    other.save_adapter(tmp_path / "lora", "a")
+    other.add_adapter("a", config=METHODS["bottleneck"].replace(reduction_factor=2), overwrite_ok=True)
+    other.save_adapter(tmp_path / "wide", "a")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for call in (
+        lambda: model.load_adapter(tmp_path / "lora"),
+        lambda: model.add_adapter("a", config="lora", overwrite_ok=True),
+    ):
+        with pytest.raises(
+            AdapterError, match=r"overwriting 'a': it is fused in 'a,b'.* delete_adapter_fusion\('a,b'\)"
+        ):
+            call()
+        same(before, model.state_dict())
+        assert model.active_adapters == Fuse("a", "b") and [*model.adapters_config] == ["a", "b"]
+    model.load_adapter(tmp_path / "wide")
+    assert model.adapters_config.get("a")["reduction_factor"] == 2
+    model.delete_adapter_fusion("a,b")
+    model.load_adapter(tmp_path / "lora")
+
+
 def test_leave_out_adds_layers_to_the_saved_ones(tmp_path):
     saved = bare()
     saved.add_adapter("a", config=ConfigUnion(LoRAConfig(r=2), METHODS["bottleneck"]))
@@ -479,6 +505,19 @@ def test_an_adapter_is_saved_with_the_head_of_its_name(tmp_path):
     assert "d" not in model.heads
     saved.save_adapter(tmp_path / "alone", "a", with_head=False)
     assert files(tmp_path / "alone") == ["adapter.safetensors", "adapter_config.json"]
+
+
+def test_the_head_of_an_earlier_save_is_not_left_in_the_folder(tmp_path):
+    model = with_adapter(flexible, "bert", "lora")
+    for name in ("a", "ab"):
+        model.add_classification_head(name, num_labels=3)
+    model.save_adapter(tmp_path, "a")
+    assert len(files(tmp_path)) == 4
+    model.save_adapter(tmp_path, "a", with_head=False, use_safetensors=False)
+    assert files(tmp_path) == ["adapter_config.json", "pytorch_adapter.bin"]
+    model.save_head(tmp_path, "ab")
+    model.save_adapter(tmp_path, "a", with_head=False)
+    assert flexible().load_head(tmp_path)[1] == "ab"  # another one's
 
 
 def test_heads_of_other_names_in_a_file_are_passed_over(tmp_path):

@@ -47,6 +47,7 @@ SAVES = {
     "fusion": lambda model, folder: model.save_adapter_fusion(folder, "a,b", with_head="a"),
     "all adapters": lambda model, folder: model.save_all_adapters(folder),
     "setup": lambda model, folder: model.save_adapter_setup(folder, Stack(Fuse("a", "b"), "b"), head_setup=["a", "b"]),
+    "whole": lambda model, folder: model.save_pretrained(folder),
     "trainer": lambda model, folder: save_trained(model, str(folder), with_fusions=True),
 }
 FOLDERS = ("all adapters", "setup", "trainer")
@@ -59,9 +60,12 @@ def version_of(folder):
         atomic.finish(root)
     versions, kinds = set(), set()
     for file in folder.rglob("*"):
-        if file.is_dir() or file.name.startswith(".") or file.name == "adapter_setup.json":
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_dir() or hidden or file.name == "adapter_setup.json":
             continue
         kinds.add(file.suffix)
+        if file.name in ("config.json", "generation_config.json"):  # of a whole model, which say no version
+            continue
         if file.suffix == ".json":
             versions.add(int(json.loads(file.read_text())["model_name"]))
         else:
@@ -155,6 +159,27 @@ def test_a_full_disk(save, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, previous)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_under_a_merged_model(tmp_path, monkeypatch):
+    model, folder = new_model(), tmp_path / "saved"
+    model.add_adapter("lora", config="lora")
+    model.active_head = None
+    model.save_merged(folder, "lora", max_shard_size="1KB")
+    before = {path: path.read_bytes() for path in folder.rglob("*")}
+    become(model, 2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for target in (folder, tmp_path / "new"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"No space left.*old files are as"):
+            patch.setattr(os, "fsync", full)
+            model.save_merged(target, "lora")
+    assert {path: path.read_bytes() for path in folder.rglob("*")} == before
+    assert not (tmp_path / "new").exists()
+    model.save_merged(folder, "lora")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_disk_that_is_full_when_it_writes_through(tmp_path, monkeypatch):

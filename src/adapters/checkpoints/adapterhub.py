@@ -13,7 +13,7 @@ from ..configuration.hashing import get_adapter_config_hash
 from ..configuration.resolve import build_config
 from ..errors import CheckpointError, UnknownAdapterError, suggestion
 from . import files, heads, hub, legacy, peft, weights
-from .files import ADAPTER, HEAD, Content
+from .files import ADAPTER, HEAD, Content, Contents, Gone
 from .loaders import WeightsLoader
 from .placing import Adapters, Saved, all_or_nothing, place
 from .provenance import full_config
@@ -40,6 +40,7 @@ def save_adapter(
     """Writes an adapter, and the head of the same name if there is one, into a folder: all files or none.
 
     Args:
+        with_head: Without, the head that an earlier save under this name has left in the folder is removed too.
         meta_dict: More entries for the config file; they replace none of its own.
         custom_weights_loaders: Each saves what it wants into the folder afterwards.
         format: "adapters", which 1.x reads too, or "peft", which ``PeftModel.from_pretrained`` reads.
@@ -78,7 +79,7 @@ def save_all_adapters(
 
 def contents_of(
     model: "ModelAdaptersMixin", name: str, with_head: bool, meta: Mapping[str, Any], format: str = NATIVE
-) -> dict[files.Kind, Content]:
+) -> Contents:
     """What is saved of an adapter, and of the head of its name.
 
     Raises:
@@ -91,10 +92,8 @@ def contents_of(
     if format != NATIVE:
         raise CheckpointError(f"save_adapter(format={format!r}): there are the formats {NATIVE!r} and 'peft'.")
     tensors = weights.gathered(weights.adapter_slots(model, name), weights.prefix_of(model))
-    contents = {ADAPTER: Content(full_config(model, name, config.to_dict(), meta), tensors)}
-    if with_head and (head := heads.content(model, name)):
-        contents[HEAD] = head
-    return contents
+    head = heads.content(model, name) if with_head else None
+    return {ADAPTER: Content(full_config(model, name, config.to_dict(), meta), tensors), HEAD: head or Gone(name)}
 
 
 def config_id(model: "ModelAdaptersMixin", name: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ moved in place after it, by this process or, if that is killed, by whoever reads
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -39,16 +40,17 @@ def write_all(root: Path, jobs: Iterable[tuple[str, Job]], stale: Iterable[str] 
     try:
         for place, job in jobs:
             root.mkdir(parents=True, exist_ok=True)
-            beside = _beside(root / place, token)
-            if beside.parent != root:
-                beside.parent.mkdir(exist_ok=True)
-                finish(beside.parent)
+            new = beside(root / place, token)
+            if new.parent != root:
+                new.parent.mkdir(exist_ok=True)
+                finish(new.parent)
             written.append(place)
-            job(beside)
-            _flush(beside)
-        journal = _beside(root / JOURNAL, token)
+            job(new)
+            _flush(new)
+        journal = beside(root / JOURNAL, token)
         try:
-            journal.write_text(json.dumps({"token": token, "new": written, "stale": [*stale]}), encoding="utf-8")
+            content = {"token": token, "new": written, "stale": sorted({*stale} - {*written})}
+            journal.write_text(json.dumps(content), encoding="utf-8")
             _flush(journal)
             os.replace(journal, root / JOURNAL)
         finally:
@@ -56,9 +58,9 @@ def write_all(root: Path, jobs: Iterable[tuple[str, Job]], stale: Iterable[str] 
         finish(root)
     finally:
         for place in written:
-            _beside(root / place, token).unlink(missing_ok=True)
+            beside(root / place, token).unlink(missing_ok=True)
     for place in written:
-        _remove_abandoned(root / place)
+        remove_abandoned(root / place)
 
 
 def finish_around(folder: Path) -> None:
@@ -78,9 +80,11 @@ def finish(root: Path) -> None:
         CheckpointError: The journal is not one of ours, or the folder is read-only.
     """
     journal = root / JOURNAL
+    if not os.path.exists(journal):
+        return
     try:
         content = json.loads(journal.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:  # finished by another process just now
         return
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(journal)!r}: cannot be read ({error}). Delete it, or save again.") from error
@@ -88,7 +92,7 @@ def finish(root: Path) -> None:
     try:
         for place in new:
             with suppress(FileNotFoundError):  # moved before
-                os.replace(_beside(root / place, token), root / place)
+                os.replace(beside(root / place, token), root / place)
         for place in stale:
             (root / place).unlink(missing_ok=True)
         journal.unlink(missing_ok=True)
@@ -113,7 +117,8 @@ def _is_place(place: object) -> bool:
     return isinstance(place, str) and PLACE.fullmatch(place) is not None
 
 
-def _beside(target: Path, token: str) -> Path:
+def beside(target: Path, token: str) -> Path:
+    """Where the new content of a file is written."""
     return target.with_name(f".{target.name}.{token}")
 
 
@@ -123,8 +128,9 @@ def _flush(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _remove_abandoned(target: Path) -> None:
+def remove_abandoned(target: Path) -> None:
+    """Removes new contents of a file or folder that were never moved, once they are old."""
     for path in target.parent.glob(f".{target.name}.*"):
         with suppress(OSError):
             if TOKEN.fullmatch(path.name.rpartition(".")[2]) and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

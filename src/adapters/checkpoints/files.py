@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
+import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, listing
@@ -19,6 +23,8 @@ from . import atomic
 from .atomic import Job
 
 Weights = dict[str, Tensor]
+READ_AT_ONCE = 16 << 20
+"""Bytes of a weights file: smaller ones are read in half the time if they are in memory twice for a moment."""
 LARGEST_JSON = 16 << 20
 """Bytes: ten thousand labels have one."""
 
@@ -42,6 +48,8 @@ FUSION = Kind(
     "pytorch_model_adapter_fusion.bin",
 )
 SETUP_FILE = "adapter_setup.json"
+OF_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+"""Files with the weights of a whole model."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,17 @@ class Content:
     weights: Weights
 
 
-def write(directory: str | os.PathLike[str], contents: Mapping[Kind, Content], use_safetensors: bool) -> None:
+@dataclass(frozen=True)
+class Gone:
+    """Says that there are no files of one kind: those of an earlier save under this name, or under none, go."""
+
+    name: str
+
+
+Contents = Mapping[Kind, Content | Gone]
+
+
+def write(directory: str | os.PathLike[str], contents: Contents, use_safetensors: bool) -> None:
     """Writes the files of all `contents` into a directory, which is made if need be: either all of them or none.
 
     Weights in the other format are removed, or a later load might find those of an earlier save.
@@ -65,7 +83,7 @@ def write(directory: str | os.PathLike[str], contents: Mapping[Kind, Content], u
 
 def write_tree(
     directory: str | os.PathLike[str],
-    folders: Iterable[tuple[str, Mapping[Kind, Content]]],
+    folders: Iterable[tuple[str, Contents]],
     use_safetensors: bool,
     more: Mapping[str, Job] | None = None,
 ) -> None:
@@ -84,6 +102,9 @@ def write_tree(
         for name, contents in folders:
             folder = subfolder(root, name) if name else root
             for kind, content in contents.items():
+                if isinstance(content, Gone):
+                    stale.update(_place(root, file) for file in _earlier(folder, kind, content.name))
+                    continue
                 present, other = (kind.safetensors, kind.torch) if use_safetensors else (kind.torch, kind.safetensors)
                 text = as_json(content.config, folder)
                 yield _place(root, folder / kind.config), partial(Path.write_text, data=text, encoding="utf-8")
@@ -94,14 +115,63 @@ def write_tree(
         for name, job in (more or {}).items():
             yield _place(root, root / name), job
 
-    try:
+    with _or_told(root):
         atomic.write_all(root, jobs(), stale)
+
+
+def save_model(directory: str | os.PathLike[str], save: Callable[..., None], **options: Any) -> None:
+    """Has ``save_pretrained`` of transformers write a whole model into a directory: all files or none.
+
+    Args:
+        save: Takes the folder, and `options`.
+
+    Raises:
+        CheckpointError: The directory cannot be written to.
+    """
+    root = _root(directory)
+    if options.get("distributed_checkpoint"):  # several processes write into one folder
+        save(directory, **options)
+        return
+    if options.get("push_to_hub"):
+        options.setdefault("repo_id", root.name)
+    atomic.finish_around(root)
+    is_new, stage = not root.exists(), atomic.beside(root / "model", token_hex(4))
+    with _or_told(root):
+        try:
+            stage.mkdir(parents=True)
+            save(stage, **options)
+            places = [file.relative_to(stage).as_posix() for file in sorted(stage.rglob("*")) if file.is_file()]
+            stale = {file.name for file in root.iterdir() if OF_MODEL.fullmatch(file.name)}
+            jobs = [(place, partial(os.replace, stage / place)) for place in places]
+            atomic.write_all(root, jobs, stale if any(map(OF_MODEL.fullmatch, places)) else ())
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+            atomic.remove_abandoned(root / "model")
+            if is_new:
+                with suppress(OSError):  # it is not empty, as it should be
+                    root.rmdir()
+
+
+@contextmanager
+def _or_told(root: Path) -> Iterator[None]:
+    """Tells what the disk, or what writes to it, has against the block."""
+    try:
+        yield
     except CheckpointError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
         raise CheckpointError(
             f"saving to {str(root)!r}: {error}; old files are as they were. Pass another directory."
         ) from error
+
+
+def _earlier(folder: Path, kind: Kind, name: str) -> list[Path]:
+    """The files that an earlier save of one kind has left in a folder."""
+    with suppress(CheckpointError):  # there are none, or they are not ours
+        if read_json(folder / kind.config).get("name") in (name, None):
+            files = (folder / each for each in (kind.config, kind.safetensors, kind.torch))
+            return [file for file in files if file.exists()]
+    return []
 
 
 def _place(root: Path, file: Path) -> str:
@@ -200,7 +270,8 @@ def read_weights(folder: Path, kind: Kind, use_safetensors: bool = True) -> Weig
 def _read_tensors(file: Path) -> Weights:
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            small = file.stat().st_size < READ_AT_ONCE
+            return dict(sorted(load(file.read_bytes()).items())) if small else load_file(file)
         _refuse_compressed(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken pickle can raise is without limit

@@ -161,8 +161,7 @@ def _flatten_invertible(config: dict[str, Any], full: Mapping[str, Any], weights
     if nested := config.pop("invertible_adapter", None):
         config["inv_adapter"] = nested.get("block_type")
         config["inv_adapter_reduction_factor"] = nested.get("reduction_factor")
-    has_weights = any("invertible_adapters" in key.split(".") for key in weights)
-    if full.get("type") == "text_task" and not has_weights:
+    if full.get("type") == "text_task" and not any("invertible_adapters" in key.split(".") for key in weights):
         config["inv_adapter"] = None
 
 

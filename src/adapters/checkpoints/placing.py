@@ -14,6 +14,7 @@ from ..composition import Fuse
 from ..configuration import AdapterConfig
 from ..errors import CheckpointError
 from ..method import filled_later
+from ..placement import check_fused
 from .files import Weights
 from .provenance import check_architecture, origin, prefixes
 from .weights import Fit, Slots, adapter_slots, compare, fill, fusion_slots, prefix_of, renamed, report
@@ -50,6 +51,10 @@ class Bearer(ABC, Generic[C]):
     def slots(self, name: str) -> Slots:
         """Its tensors."""
 
+    @abstractmethod
+    def check_successor(self, name: str, successor: str) -> None:
+        """Refuses to overwrite one by another."""
+
 
 class Adapters(Bearer[AdapterConfig]):
     """The adapters of a model."""
@@ -81,6 +86,14 @@ class Adapters(Bearer[AdapterConfig]):
         """The tensors of an adapter."""
         return adapter_slots(self.model, name)
 
+    def check_successor(self, name: str, successor: str) -> None:
+        """Of a fused adapter the successor has to sit at the same places.
+
+        Raises:
+            AdapterError: It does not.
+        """
+        check_fused(self.model.adapter_sites, self.model.adapters_config, name, successor)
+
 
 class Fusions(Bearer[tuple[AdapterConfig, list[str]]]):
     """The fusions of a model, each defined by its configuration and the adapters it fuses."""
@@ -101,6 +114,9 @@ class Fusions(Bearer[tuple[AdapterConfig, list[str]]]):
     def slots(self, name: str) -> Slots:
         """The tensors of a fusion."""
         return fusion_slots(self.model, name)
+
+    def check_successor(self, name: str, successor: str) -> None:
+        """Nothing depends on a fusion."""
 
 
 @contextmanager
@@ -163,6 +179,7 @@ def place(
     if present is not None and present != saved.config:
         with _rehearsed(bearer, saved.config) as slots:
             fit(renamed(slots, REHEARSAL, name))
+            bearer.check_successor(name, REHEARSAL)
         undo.callback(_reinstate, bearer, name, present, _snapshot(bearer.slots(name)))
         bearer.delete(name)
     if present != saved.config:
@@ -228,6 +245,7 @@ def remembered_activation(model: "ModelAdaptersMixin") -> Callable[[], None]:
             model.set_active_adapters(adapters, skipped)
         if is_flexible(model):
             model.active_head = head
-        model.config.label2id, model.config.id2label = labels
+        if (model.config.label2id, model.config.id2label) != labels:
+            model.config.label2id, model.config.id2label = labels
 
     return activate

@@ -12,7 +12,7 @@ from ..composition import Block, Fuse, Setup, parse_composition
 from ..errors import AdapterError, CheckpointError, UnknownAdapterError
 from . import adapterhub, files, fusion, heads, hub
 from .adapterhub import Folder, Loaders, load_adapter
-from .files import HEAD, SETUP_FILE, Content
+from .files import HEAD, SETUP_FILE
 from .fusion import load_adapter_fusion
 from .placing import all_or_nothing
 
@@ -53,7 +53,7 @@ def save_adapter_setup(
     more = {SETUP_FILE: files.json_job(save_directory, content)}
     names, meta = sorted(setup.flatten()), meta_dict or {}
 
-    def folders() -> Iterator[tuple[str, dict[files.Kind, Content]]]:
+    def folders() -> Iterator[tuple[str, files.Contents]]:
         yield from ((name, adapterhub.contents_of(model, name, False, meta)) for name in names)
         yield from ((fused.name, fusion.contents_of(model, fused.name, False, meta)) for fused in _fusions(setup))
         own = [("", None)] if head_setup is True else [(head, head) for head in head_names]

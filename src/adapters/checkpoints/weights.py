@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listing
-from ..sharded import set_whole, whole
+from ..sharded import is_sharded, set_whole, whole
 from ..sites import Site
 from . import names
 from .files import Weights
@@ -84,7 +84,9 @@ def _site_slots(model: "ModelAdaptersMixin", name: str, holding: Sequence[tuple[
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a module, themselves."""
-    return dict(module.state_dict(keep_vars=True))
+    if module._modules or module._buffers:
+        return dict(module.state_dict(keep_vars=True))
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
 
 
 def renamed(tensors: Mapping[str, T], old: str, new: str) -> dict[str, T]:
@@ -111,11 +113,18 @@ def copied(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def fill(slots: Slots, weights: Mapping[str, Tensor]) -> None:
     """Copies tensors, by key without prefix, into the live ones of the same shape."""
+    live: list[Tensor] = []
+    values: list[Tensor] = []
     for key, tensor in weights.items():
         parts = slots[key]
         pieces = torch.split(tensor, [len(part) for part in parts]) if len(parts) > 1 else (tensor,)
-        for part, piece in zip(parts, pieces, strict=True):
-            set_whole(part, piece)
+        live += parts
+        values += pieces
+    if any(map(is_sharded, live)):
+        for part, value in zip(live, values, strict=True):
+            set_whole(part, value)
+    elif live:
+        torch._foreach_copy_(live, values)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class ModelAdaptersConfig(Collection[str]):
         if isinstance(config, str) and (config in ADAPTER_CONFIG_MAP or config in self.config_map):
             self.adapters[name] = config
             return
-        loaded = load_config(config, {})
+        loaded = config if isinstance(config, AdapterConfig) else load_config(config, {})
         if loaded is None:
             raise ConfigError(f"add_adapter({name!r}): the configuration {config!r} is empty; give one or None.")
         self.adapters[name] = _store(loaded, self.config_map)

@@ -26,7 +26,7 @@ OTHER_WEIGHTS = "trained_base_parameters.safetensors"
 def save_trained(model: ModelAdaptersMixin, folder: str, with_fusions: bool) -> None:
     """Writes each adapter, each fusion if `with_fusions`, and each head into a folder of its name: all or none."""
 
-    def contents() -> Iterator[tuple[str, dict[files.Kind, files.Content]]]:
+    def contents() -> Iterator[tuple[str, files.Contents]]:
         for name in model.adapters_config:
             yield name, adapterhub.contents_of(model, name, True, adapterhub.config_id(model, name))
         for name in model.adapters_config.fusions if with_fusions else ():
