@@ -7,8 +7,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 T = TypeVar("T")
+
+
+class _Steps:
+    """Counts the steps of all optimizers: a fused one changes parameters and leaves their versions as they were."""
+
+    count = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.count += 1
+
+
+STEPS = _Steps()
+register_optimizer_step_post_hook(STEPS)
 
 
 class Derived:
@@ -25,7 +39,7 @@ class Derived:
         # FSDP writes what it gathers into a parameter's memory and leaves the version as it was.
         if torch.compiler.is_compiling() or (distributed.is_available() and distributed.is_initialized()):
             return compute()
-        stamp: list[Hashable] = [torch.is_inference_mode_enabled()]
+        stamp: list[Hashable] = [torch.is_inference_mode_enabled(), STEPS.count]
         for parameter in parameters:
             # A tensor made in inference mode has no version, a change of it is not seen.
             if parameter.is_inference() or (parameter.requires_grad and torch.is_grad_enabled()):
