@@ -37,10 +37,10 @@ def with_layouts(base_model: nn.Module, blocks: list[Block]) -> list[Block]:
     missing = {key: core for key, core in needed.items() if key not in _LAYOUTS}
     if missing:
         watcher = _Glance(keep={core.module for core in missing.values()})
-        _attempt(functools.partial(watch, watcher, base_model, blocks))
+        attempt(functools.partial(watch, watcher, base_model, blocks))
         for key, core in missing.items():
             call = next((call for call in watcher.calls if call.module is core.module and call.given), None)
-            _LAYOUTS[key] = None if call is None else _attempt(functools.partial(_measured, core, *call.given))
+            _LAYOUTS[key] = None if call is None else attempt(functools.partial(_measured, core, *call.given))
     return [_with_layout(base_model, block) if any(map(_is_unknown, block.cores)) else block for block in blocks]
 
 
@@ -58,7 +58,7 @@ class _Glance(Watcher):
             raise _Seen
 
 
-def _attempt(measure: Callable[[], Any]) -> Any:
+def attempt(measure: Callable[[], Any]) -> Any:
     """None where a model's own code does not run on such inputs, whatever it says."""
     try:
         return measure()
@@ -151,6 +151,9 @@ class _Seer(TorchFunctionMode):
             elif self.softened and not self.weighted:
                 self.weighted = pair
         self.softened |= name == "softmax"
+        if name == "linear" and not any(args[1].stride()):  # all weights are one number: a product would copy them
+            product = (args[0].sum(-1, keepdim=True) * args[1][0, 0]).expand(*args[0].shape[:-1], len(args[1]))
+            return product if len(args) < 3 or args[2] is None else product + args[2]
         return func(*args, **(kwargs or {}))
 
     def attended(self) -> tuple[Tensor, ...]:

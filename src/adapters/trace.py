@@ -27,18 +27,8 @@ from .samples import ROWS, Sample
 from .topology import Block
 
 PASS_THROUGH = {"dropout", "to", "type", "type_as", "float", "contiguous", "reshape", "view", "clone", "flatten"}
-PASS_THROUGH |= {
-    "mul",
-    "__mul__",
-    "__rmul__",
-    "mul_",
-    "__imul__",
-    "div",
-    "__truediv__",
-    "unflatten",
-    "unsqueeze",
-    "squeeze",
-}
+PASS_THROUGH |= {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "div", "__truediv__", "unflatten"}
+PASS_THROUGH |= {"unsqueeze", "squeeze"}
 ANSWERS = {"__bool__": True, "__contains__": False, "equal": True}
 """What models ask of a tensor without data: is the whole mask seen (yes), is there a padding token (no)."""
 ADDS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -139,12 +129,12 @@ class Watcher(TorchFunctionMode):
     ) -> Any:
         """Run `func` and note what it did."""
         name = getattr(func, "__name__", "")
-        if name in ANSWERS and any(given.is_meta for given in _tensors(args)):
+        if name in ANSWERS and any(given.is_meta for given in tensors_in(args)):
             return ANSWERS[name]
         result = func(*args, **(kwargs or {}))
-        made = [self.note(tensor) for tensor in _tensors([result])]
+        made = [self.note(tensor) for tensor in tensors_in([result])]
         if made:
-            given = {self.note(tensor) for tensor in _tensors((*args, *(kwargs or {}).values()))}
+            given = {self.note(tensor) for tensor in tensors_in((*args, *(kwargs or {}).values()))}
             if not (name in ADDS and made[0] in given):  # in place: it stays what it was before
                 for tensor in made:
                     self.parents.setdefault(tensor, set()).update(given - {tensor})
@@ -178,12 +168,13 @@ class Watcher(TorchFunctionMode):
         call.outputs = {item: self.note(value) for item, value in given.items() if isinstance(value, Tensor)}
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among some values, and in tuples and lists among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def trace_sublayers(base_model: nn.Module, blocks: list[Block]) -> dict[str, dict[str, Sublayer]]:

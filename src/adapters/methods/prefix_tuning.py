@@ -65,7 +65,7 @@ register_config("prefix_tuning_flat", PrefixTuningConfig(flat=True))
 class PrefixGroup(nn.Module):
     """The prefixes of all layers of one kind of attention: P = L2 act(L1 E), or a parameter if ``flat``.
 
-    Viewed as (p, 2 n, heads, head width), slot 2i holds the keys and slot 2i + 1 the values of the i-th of n layers.
+    Viewed as (p, n, size), the i-th of n slots holds the keys and the values (heads, width) of the i-th layer.
     Each layer computes its own slice only, so that no layer depends on what another one has computed.
     """
 
@@ -73,10 +73,10 @@ class PrefixGroup(nn.Module):
         super().__init__()
         site = sites[0]
         self.length, self.layers = config.prefix_length, len(sites)
-        self.heads, self.head_width = site.heads, site.head_width
+        self.shape = site.shape
         self.positions = {member.index: position for position, member in enumerate(sites)}
         self._kept = Derived()
-        size = 2 * len(sites) * site.heads * site.head_width
+        size = len(sites) * self.size
         self.control_trans: nn.Sequential | nn.Parameter
         with seeded(config.init_weights_seed):
             if config.flat:
@@ -89,9 +89,21 @@ class PrefixGroup(nn.Module):
                 nn.Linear(config.bottleneck_size, size),
             )
 
+    @property
+    def size(self) -> int:
+        """How many numbers the keys and values of one position of one layer are."""
+        return self.shape.heads * (self.shape.key_width + self.shape.value_width)
+
     def layer(self, index: int) -> Tensor:
-        """(2, heads, p, head width) the keys and values of the `index`-th layer."""
+        """(p, size) the keys and values of the `index`-th layer."""
         return self._kept.get(index, self._sources(), lambda: self._compute(index))
+
+    def parted(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (…, heads, p, key width) and values (…, heads, p, value width) out of (…, p, size)."""
+        heads = self.shape.heads
+        parts = torch.split(states, [heads * self.shape.key_width, heads * self.shape.value_width], -1)
+        key, value = (part.view(*part.shape[:-1], heads, -1).transpose(-2, -3) for part in parts)
+        return key, value
 
     def _sources(self) -> list[Any]:
         """The parameters; ``parameters()`` walks through all modules, at every layer of every pass."""
@@ -120,14 +132,11 @@ class PrefixGroup(nn.Module):
 
     def _compute(self, index: int) -> Tensor:
         if isinstance(self.control_trans, nn.Parameter):
-            slots = self.control_trans.view(self.length, self.layers, -1)[:, index]
-        else:
-            inner = self.control_trans[:2](self.wte.weight)
-            size = 2 * self.heads * self.head_width
-            weight, bias = (self.control_trans[2].get_parameter(name) for name in ("weight", "bias"))
-            rows = slice(index * size, (index + 1) * size)
-            slots = linear(inner, weight[rows], bias[rows])
-        return slots.view(self.length, 2, self.heads, self.head_width).permute(1, 2, 0, 3)
+            return self.control_trans.view(self.length, self.layers, -1)[:, index]
+        inner = self.control_trans[:2](self.wte.weight)
+        weight, bias = (self.control_trans[2].get_parameter(name) for name in ("weight", "bias"))
+        rows = slice(index * self.size, (index + 1) * self.size)
+        return linear(inner, weight[rows], bias[rows])
 
 
 @register(PrefixTuningConfig, AttentionSite)
@@ -171,7 +180,7 @@ class Prefix(AdapterModule[PrefixSignal]):
         """One group of prefixes for each kind of attention, and for each shape that attentions of a kind have."""
         kinds: dict[str, dict[tuple[int, ...], list[AttentionSite]]] = {}
         for site in sites:
-            shape = (site.heads, site.head_width, site.width)
+            shape = (site.shape.heads, site.shape.key_width, site.shape.value_width, site.width)
             kinds.setdefault(site.location, {}).setdefault(shape, []).append(site)
         return nn.ModuleDict(
             {
@@ -184,22 +193,23 @@ class Prefix(AdapterModule[PrefixSignal]):
     def group_key(self) -> Hashable:
         """Of one length and without a gate."""
         group = self._group[0]
-        return None if self.weight is not None else (group.length, group.heads, group.head_width, self.dropout)
+        return None if self.weight is not None else (group.length, group.shape, self.dropout)
 
     @classmethod
     def grouped(cls, group: Group, signal: PrefixSignal, index: Tensor | None) -> PrefixSignal:
         """See the class."""
         modules: list[Any] = group.modules
-        states = torch.stack([module._group[0].layer(module.index) for module in modules])  # (n, 2, heads, p, w)
+        states = torch.stack([module._group[0].layer(module.index) for module in modules])  # (n, p, size)
         states = dropout(states, modules[0].dropout, modules[0].training)
-        key, value = per_row(states, index, len(signal)).to(signal.key.dtype).unbind(1)
-        return signal.with_prefix(key, value)
+        states = per_row(states, index, len(signal)).to(signal.key.dtype)
+        return signal.with_prefix(*modules[0]._group[0].parted(states))
 
     def forward(self, signal: PrefixSignal) -> PrefixSignal:
         """See the class."""
         states = self._group[0].layer(self.index)
         states = dropout(states, self.dropout, self.training) if self.dropout else states
-        key, value = states[:, None].expand(-1, signal.key.shape[0], -1, -1, -1).to(signal.key.dtype)
+        states = states.expand(signal.key.shape[0], -1, -1).to(signal.key.dtype)
+        key, value = self._group[0].parted(states)
         if self.weight is not None:
             gate = token_mean(torch.sigmoid(linear(signal.hidden, self.weight, self.bias)), self.stack, signal.rows)
             self.report_gate(gate, signal)
