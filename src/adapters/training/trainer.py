@@ -36,6 +36,7 @@ from .resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
+QUANTIZED_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 FUSION_VALUE = re.compile(r"(?:^|\.)adapter_fusion_layer\.[^.]+\.value\.")
 
 
@@ -78,7 +79,9 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._adapter_names = adapter_names
-        self._posing: list[Any] | None = []
+        self._posing: list[tuple[Any, str]] | None = []
+        optional = {"model_init": model_init, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
+        kwargs |= {name: value for name, value in optional.items() if value is not None}  # TRL's trainers know not all
         try:
             super().__init__(
                 model=None if model is None else self._admit(model),
@@ -87,16 +90,14 @@ class AdapterTrainer(Trainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer if processing_class is None else processing_class,
-                model_init=model_init,
                 compute_metrics=compute_metrics,
                 callbacks=[AdapterTrainerCallback(self), *(callbacks or [])],
                 optimizers=optimizers,
-                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 **kwargs,
             )
         finally:
-            for quantized in self._posing:
-                quantized.is_quantized = True
+            for quantized, mark in self._posing:
+                setattr(quantized, mark, True)
             self._posing = None
         self.label_names = self.label_names or self._labels_of_heads()
         if self.label_smoother is not None and any(head.config.get("shift_labels") for head in self._heads()):
@@ -117,10 +118,12 @@ class AdapterTrainer(Trainer):
                 f"{asked}: Expected a model with an active adapter setup, of {listing(model.adapters_config)} none is; "
                 "the one to train must be. Call train_adapter(name), or use transformers' Trainer for the full model."
             )
-        # Trainer takes a quantized model only if PEFT adapts it; it looks while it is being made, and never again.
-        if self._posing is not None and vars(model).get("is_quantized"):
-            self._posing.append(model)
-            cast(Any, model).is_quantized = False
+        # Trainer takes a quantized model only if PEFT adapts it, TRL casts what is trained on one to half precision;
+        # they look while they are being made, and never again.
+        for mark in QUANTIZED_MARKS:
+            if self._posing is not None and vars(model).get(mark):
+                self._posing.append((model, mark))
+                setattr(model, mark, False)
         return model
 
     def _heads(self) -> list[PredictionHead]:
@@ -158,7 +161,8 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The model's loss; in training with the regularisation of the fusions that are trained."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = found if return_outputs else (found, None)
         if model.training:
             fusion = self._adapted.get_fusion_regularization_loss() if self.train_adapter_fusion else None
             for penalty in (fusion, orthogonality_loss(self._adapted)):
