@@ -65,7 +65,7 @@ def fields_of(config: type[AdapterConfig]) -> list[Row]:
     """Name, type and default of every field."""
     rows: list[Row] = [("field", "type", "default")]
     for field in dataclasses.fields(config):
-        if field.name == "architecture" or not field.init:
+        if field.name in ("architecture", "modules") or not field.init:  # the latter has every configuration
             continue
         made = field.default_factory is not dataclasses.MISSING
         value = field.default_factory() if made else field.default

@@ -4,6 +4,8 @@ Names are imported from where they are defined when they are first used.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "2.0.0.dev0"
@@ -42,6 +44,12 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "trainer": ("AdapterTrainer", "AdapterTrainerCallback", "Seq2SeqAdapterTrainer"),
     "checkpoints.hub": ("AdapterInfo", "get_adapter_info", "list_adapters"),
+    "describing": ("describe",),
+    "interface": ("AdapterMethod", "AdapterModelInterface"),
+    "former_names": (
+        "ADAPTER_CACHE", "AdapterLayerBase", "AdapterType", "ComposableAdapterLayerBase",
+        "InvertibleAdaptersWrapperMixin", "ModelWithHeadsAdaptersMixin",
+    ),
     "errors": ("AdapterError", "CheckpointError", "CompositionError", "ConfigError", "UnknownAdapterError"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -49,8 +57,23 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_HOMES, "__version__"]
 
 
+class _FormerModule(ModuleType):
+    """A module of 1.x that has no counterpart; its names are in ``former_names``."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked by those who look through all modules
+            raise AttributeError(name)
+        return getattr(importlib.import_module(f"{__package__}.former_names"), name)
+
+
+_FORMER = {name: _FormerModule(f"{__name__}.{name}") for name in ("utils", "wrappers", "model_mixin", "hub_mixin")}
+sys.modules.update({module.__name__: module for module in _FORMER.values()})
+
+
 def __getattr__(name: str) -> Any:
     """A public name, from its module; ``XAdapterModel`` for every architecture X from ``adapters.auto``."""
+    if name in _FORMER:
+        return _FORMER[name]
     module = _HOMES.get(name) or ("auto" if name.endswith("AdapterModel") else None)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

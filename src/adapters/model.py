@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from . import sharing
 from .checkpoints import adapterhub, files, setups
 from .checkpoints import fusion as fusion_files
 from .checkpoints import heads as head_files
+from .checkpoints.files import json_job
 from .checkpoints.legacy import upgraded_models
 from .checkpoints.publishing import PushAdapterToHubMixin
 from .combining import CombiningMixin
@@ -24,6 +26,7 @@ from .configuration.registry import DEFAULT_ADAPTER_CONFIG
 from .context import current, keeping_context
 from .embeddings import EmbeddingAdaptersMixin
 from .errors import AdapterError, CompositionError, ConfigError, UnknownAdapterError, listing
+from .interface import INTERFACE_FILE, AdapterModelInterface
 from .invertible import InvertibleAdaptersMixin
 from .methods import lora_data
 from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
@@ -34,6 +37,7 @@ from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
 from .topology import outside_maps
 from .vocabulary import LookupSite, OutputSite
+from .walking import WalkingMixin
 
 if TYPE_CHECKING:
     # transformers' own add_adapter, load_adapter and so on have other signatures; ours take their place.
@@ -46,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 class ModelAdaptersMixin(
     CombiningMixin,
+    WalkingMixin,
     EmbeddingAdaptersMixin,
     InvertibleAdaptersMixin,
     PushAdapterToHubMixin,
@@ -59,12 +64,18 @@ class ModelAdaptersMixin(
     """
 
     repeats_inputs: bool = True
+    adapter_interface: AdapterModelInterface | None = None
 
-    def init_adapters(self, adapters_config: ModelAdaptersConfig | None = None) -> None:
+    def init_adapters(
+        self, adapters_config: ModelAdaptersConfig | None = None, interface: AdapterModelInterface | None = None
+    ) -> None:
         """Read where adapters can sit, and make those that the configuration lists (with new weights)."""
         from .wrap import enable
 
-        base: Any = self.base_model
+        if interface is not None and interface.base_model:
+            self.__dict__["base_model_prefix"] = interface.base_model
+
+        base: Any = self.base_model if interface is None else interface.base_of(self)
         if base is not self and isinstance(base, ModelAdaptersMixin):
             enable(self)
             self.adapters_config, self.adapter_sites = base.adapters_config, base.adapter_sites
@@ -72,9 +83,9 @@ class ModelAdaptersMixin(
             return
         listed = self.config.__dict__.pop("adapters", None)
         configured = adapters_config or ModelAdaptersConfig(**upgraded_models(listed or {}, self.config))
-        sites = SiteMap(base)
+        sites = SiteMap(base, interface=interface)
         for model in {id(base): base, id(self): self}.values():
-            enable(model)
+            enable(model, interface)
             model.adapters_config, model.adapter_sites = configured, sites
         self.follow_heads()
         for name in configured:
@@ -502,6 +513,9 @@ class ModelAdaptersMixin(
                 files.save_model(save_directory, super().save_pretrained, **kwargs)
         finally:
             del self.config.adapters
+        if (interface := self.adapter_sites.anatomy.interface) is not None:
+            job = json_job(save_directory, interface.content(self.config.model_type))
+            job(Path(save_directory, INTERFACE_FILE))
 
     def save_adapter(
         self,

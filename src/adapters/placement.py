@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from .configuration.base import AdapterConfig
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .containers import child, child_dict, remove_child
 from .errors import AdapterError, listing
+from .interface import AdapterMethod
 from .method import AdapterModule, methods_of, seeded
 from .sites import Site
 from .sublayers import SublayerSite
@@ -28,10 +30,12 @@ def place(sites: SiteMap, name: str, config: AdapterConfig) -> None:
     Raises:
         AdapterError: there is none, or one is taken.
     """
+    _check_described(sites, name, config)
     left_out = config.get("leave_out") or ()
     check_layers(sites.anatomy, f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
     _check_asked(sites, name, config)
-    config.check_sites([site for method in methods_of(config) for site in sites.of(method.site_type)])
+    _check_modules(sites, name, config)
+    config.check_sites([site for method in methods_of(config) for site in _chosen(sites, config, method.site_type)])
     found = [place_method(sites, name, config, method) for method in methods_of(config)]
     if not any(found):
         _refuse(sites, name, config)
@@ -39,7 +43,7 @@ def place(sites: SiteMap, name: str, config: AdapterConfig) -> None:
 
 def place_method(sites: SiteMap, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> bool:
     """Build a method's modules; False if it wants none."""
-    places = [site for site in sites.of(method.site_type) if method.wants(config, site)]
+    places = [site for site in _chosen(sites, config, method.site_type) if method.wants(config, site)]
     taken = [site for site in places if name in site.adapters]
     if taken:
         raise AdapterError(
@@ -66,6 +70,33 @@ def place_method(sites: SiteMap, name: str, config: AdapterConfig, method: type[
     return bool(places)
 
 
+def _chosen(sites: SiteMap, config: AdapterConfig, kind: type[Site]) -> list[Site]:
+    """The sites of a class in the parts of the model that `config` names."""
+    found, parts = list(sites.of(kind)), config.modules
+    return found if parts is None else [site for site in found if _is_in(sites, site.module_path, parts)]
+
+
+def _is_in(sites: SiteMap, path: str, parts: Iterable[str]) -> bool:
+    """Whether a module is in one of these parts, by their names or as patterns of paths."""
+    first = path.partition(".")[0]
+    names = {
+        first,
+        *first.split("_"),
+        *(name for below, name in sites.anatomy.towers if f"{path}.".startswith(f"{below}.")),
+    }
+    return any(part in names or fnmatchcase(path, part) or fnmatchcase(path, f"{part}.*") for part in parts)
+
+
+def _check_modules(sites: SiteMap, name: str, config: AdapterConfig) -> None:
+    for part in config.modules or ():
+        if not any(_is_in(sites, path, [part]) for path, _ in sites.base_model.named_modules()):
+            known = dict.fromkeys([tower for _, tower in sites.anatomy.towers] + list(sites.base_model._modules))
+            raise AdapterError(
+                f"add_adapter({name!r}, {type(config).__name__}(modules={config.modules})): {part!r} is no part of "
+                f"{type(sites.base_model).__name__}; its parts are {listing(known)}. A pattern of paths works too."
+            )
+
+
 def _check_asked(sites: SiteMap, name: str, config: AdapterConfig) -> None:
     methods = methods_of(config)
     known = {site.location for method in methods for site in sites.of(method.site_type)}
@@ -77,6 +108,17 @@ def _check_asked(sites: SiteMap, name: str, config: AdapterConfig) -> None:
             f"add_adapter({name!r}, {type(config).__name__}): {type(sites.base_model).__name__} has no site for "
             f"{listing(missing)}; found were {listing(sorted(known))}. Switch the others off in the configuration."
         )
+
+
+def _check_described(sites: SiteMap, name: str, config: AdapterConfig) -> None:
+    """Of a described model the user says which methods it has."""
+    interface = sites.anatomy.interface
+    for method in () if interface is None else AdapterMethod.get_from_config(config):
+        if interface is not None and method not in interface.adapter_methods:
+            raise AdapterError(
+                f"add_adapter({name!r}, {type(config).__name__}): the model's interface has no {method!r} among its "
+                f"adapter_methods, {listing(interface.adapter_methods)}; add it there."
+            )
 
 
 def check_layers(anatomy: Anatomy, asked: str, layers: Iterable[int]) -> None:
@@ -127,7 +169,7 @@ def _refuse(sites: SiteMap, name: str, config: AdapterConfig) -> None:
     raise AdapterError(
         f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(sites.base_model).__name__}; "
         f"this model has the locations {listing(known)} for the method. Switch one of them on in the "
-        "configuration, or check leave_out."
+        "configuration, or check leave_out and modules."
     )
 
 

@@ -123,6 +123,7 @@ class Sample:
     def inputs(self) -> dict[str, Any]:
         """The main input, those that have no default, the decoder's, and those of a second tower."""
         names = [name for name, parameter in self.accepted.items() if _is_required(parameter)]
+        makers = dict.fromkeys(names[:1], Sample.tokens) | MAKERS  # of a foreign name: tokens are the best guess
         main: Any = getattr(self.model, "main_input_name", "input_ids")
         names += [main] if isinstance(main, str) else []
         names += ["decoder_input_ids"] if getattr(self.model.config, "is_encoder_decoder", False) else []
@@ -130,7 +131,7 @@ class Sample:
         sees = any("vision" in name for name, _ in self.configs)
         if sees and not any(_is_image_token(name) for _, config in self.configs for name in vars(config)):
             names += ["input_ids", "pixel_values"]
-        return {name: MAKERS[name](self) for name in dict.fromkeys(names) if name in self.accepted and name in MAKERS}
+        return {name: makers[name](self) for name in dict.fromkeys(names) if name in self.accepted and name in makers}
 
 
 MAKERS: dict[str, Callable[[Sample], Any]] = {

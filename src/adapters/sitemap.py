@@ -16,8 +16,10 @@ from . import methods as methods  # fills the table of methods
 from .composition import Block, Fuse, Setup, Stack
 from .configuration.base import AdapterConfig
 from .context import START, AdapterSetup, Position, state
+from .described import described_blocks
 from .errors import AdapterError, CompositionError, UnknownAdapterError, listing
 from .fused import with_layouts
+from .interface import AdapterModelInterface
 from .merging import Merge
 from .method import AdapterModule, methods_of
 from .methods.fusion import AdapterFusionConfig, Fusion
@@ -36,12 +38,13 @@ SETUPS = 256
 class SiteMap:
     """The sites of one base model, the adapters' shared modules, and the composition that is active."""
 
-    def __init__(self, base_model: nn.Module, output: nn.Module | None = None) -> None:
+    def __init__(self, base_model: nn.Module, interface: AdapterModelInterface | None = None) -> None:
         """Read the model's structure; sites of a class are found when they are first asked for.
 
-        output: the map from hidden states to words, if the model has one outside of `base_model`.
+        interface: what the user says of the model, in place of what would be read.
         """
-        self.anatomy = Anatomy(base_model, with_layouts(base_model, read_blocks(base_model)), output)
+        blocks = read_blocks(base_model) if interface is None else described_blocks(base_model, interface)
+        self.anatomy = Anatomy(base_model, with_layouts(base_model, blocks), interface=interface)
         self.sites: list[Site] = []
         self._read: set[type[Site]] = set()
         self.shared_modules: dict[str, dict[str, nn.Module]] = {}

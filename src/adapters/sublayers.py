@@ -12,10 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 from .composition import Fuse
 from .context import Kept
+from .errors import AdapterError
 from .evaluation import evaluate
+from .interface import AdapterModelInterface
 from .signals import Signal, SublayerSignal
 from .sites import Place, Site
-from .topology import Anatomy
+from .topology import Anatomy, Block
 from .trace import Sublayer, trace_sublayers
 
 S = TypeVar("S", bound=Signal)
@@ -45,8 +47,14 @@ class SublayerSite(Site):
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Self]:
-        """The sub-layers that a traced pass finds."""
-        found = trace_sublayers(anatomy.base_model, anatomy.blocks)
+        """The sub-layers that a traced pass finds; where none could be traced, those that the user describes."""
+        interface = anatomy.interface
+        try:
+            found = trace_sublayers(anatomy.base_model, anatomy.blocks)
+        except AdapterError:
+            if interface is None:
+                raise
+            found = {block.path: _described(block, interface) for block in anatomy.blocks}
         for block in anatomy.blocks:
             for role, sublayer in found.get(block.path, {}).items():
                 place = Place(block.layer, block.stack, block.path, block.path, role)
@@ -150,3 +158,27 @@ class SublayerSite(Site):
         outputs = [evaluate(child, signal, self) for child in tree.children if child is not None]
         fused = fusion(signal, outputs, self.adapters[tree.last()])
         return fused
+
+
+def _described(block: Block, interface: AdapterModelInterface) -> dict[str, Sublayer]:
+    """The sub-layers of a block that no pass could be traced through."""
+    attention, across, out = interface.layer_self_attn, interface.layer_cross_attn, interface.attn_o_proj
+    norms = interface.layer_ln_1, interface.layer_ln_2
+    maps = interface.layer_intermediate_proj, interface.layer_output_proj
+    rows: dict[str, tuple[str | None, str, str, str | None]] = {
+        "self_attention": (interface.layer_pre_self_attn, attention, f"{attention}.{out}".removeprefix("."), norms[0]),
+        "cross_attention": (
+            interface.layer_pre_cross_attn,
+            across or "",
+            f"{across}.{out}".removeprefix("."),
+            norms[0],
+        ),
+        "feed_forward": (interface.layer_pre_ffn, *maps, norms[1]),
+    }
+    found = {}
+    for role, (before, first, last, after) in rows.items():
+        if first:
+            entry, exit = (block.module.get_submodule(path) for path in (before or first, last))
+            norm = block.module.get_submodule(after) if after and before is None else None
+            found[role] = Sublayer(entry, 0, exit, None, norm, block.width, 0, -1)
+    return found

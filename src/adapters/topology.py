@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 
 from .containers import AdapterDict
+from .interface import AdapterModelInterface
 from .interfaces import SWAPPED_FEED_FORWARD
 
 _AROUND = r"(w|to_?|linear_|in_proj_|projection_)?(%s)(_b)?(_proj|_lin|_linear|_layer|_head|_projection|s)?"
@@ -109,7 +111,8 @@ class Anatomy:
 
     output: the map from hidden states to words, if the model has one of its own; outside: the linear maps of the whole
     model that are not in its base model, such as a classifier, with their paths in the whole; of_heads: the maps from
-    hidden states to words of named heads, which come and go; None if the model has no named heads.
+    hidden states to words of named heads, which come and go; None if the model has no named heads; interface: what the
+    user says of the model.
     """
 
     base_model: Any
@@ -117,11 +120,25 @@ class Anatomy:
     output: nn.Module | None = None
     outside: tuple[Linear, ...] = ()
     of_heads: tuple[nn.Module, ...] | None = None
+    interface: AdapterModelInterface | None = None
 
     @property
     def onto_words(self) -> tuple[nn.Module, ...]:
         """All maps from hidden states to words."""
         return (self.of_heads or ()) if self.output is None else (self.output,)
+
+    @functools.cached_property
+    def towers(self) -> list[tuple[str, str]]:
+        """The paths of models in the base model, with what its config calls theirs, without "_config"."""
+        inside = {key: value for key, value in vars(self.base_model.config).items() if hasattr(value, "model_type")}
+        types = Counter(config.model_type for config in inside.values())
+        return [
+            (path, key.removesuffix("_config"))
+            for path, module in self.base_model.named_modules()
+            for key, config in inside.items()
+            if path and isinstance(module, PreTrainedModel)
+            if module.config is config or (types[config.model_type], module.config.model_type) == (1, config.model_type)
+        ]
 
     @property
     def crosses(self) -> bool:
@@ -136,8 +153,8 @@ def read_blocks(base_model: nn.Module) -> list[Block]:
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     blocks = []
     for layer, (path, module) in enumerate(_repeated(base_model)):
-        linears = _linears(module, path)
-        width = _width(module, linears)
+        linears = linears_below(module, path)
+        width = width_of(module, linears)
         cores = tuple(_cores(module, path, config, linears, width))
         attention = {linear.path for core in cores for linear in core.projections.values()}
         rest = [linear for linear in linears if linear.path not in attention]
@@ -291,12 +308,13 @@ def _attends(module: nn.Module, parts: dict[str, str]) -> bool:
     return outputs == 3 * inputs and not any("conv" in name for name in module._modules)
 
 
-def _linears(block: nn.Module, path: str) -> list[Linear]:
+def linears_below(block: nn.Module, path: str) -> list[Linear]:
+    """The linear maps in a block."""
     shapes = ((name, child, linear_shape(child)) for name, child in block.named_modules())
     return [Linear(f"{path}.{name}", child, *shape) for name, child, shape in shapes if shape]
 
 
-def _width(block: nn.Module, linears: list[Linear]) -> int:
+def width_of(block: nn.Module, linears: list[Linear]) -> int:
     """d: of the sizes of the block's norms that some maps are given and some give, the one that most do."""
     given, made = Counter(linear.inputs for linear in linears), Counter(linear.outputs for linear in linears)
     weights = (child._parameters.get("weight") for child in block.modules() if "norm" in type(child).__name__.lower())
@@ -320,7 +338,7 @@ def _cores(block: nn.Module, path: str, config: object, linears: list[Linear], w
             fused = [part for part in "qkv" if parts[part] == child]
             for position, part in enumerate(fused):
                 if len(fused) > 1:
-                    projections[part] = _slice(projections[part], part, position, len(fused))
+                    projections[part] = equal_slice(projections[part], part, position, len(fused))
         own = [other for other in order if other.startswith(f"{core_path}.") and other not in order[last:]]
         others = [by_path[other] for other in (*order[last + 1 :], *own)]
         output = next((linear for linear in others if _gives_output(linear, width, projections["v"].outputs)), None)
@@ -328,10 +346,10 @@ def _cores(block: nn.Module, path: str, config: object, linears: list[Linear], w
             projections["o"] = output
         across = seen or bool(CROSSES.search(core_path.removeprefix(path)) or CROSSES.search(type(block).__name__))
         role, seen = "cross_attention" if across else "self_attention", True
-        yield Core(core_path, module, role, projections, _head_width(module, config, projections))
+        yield Core(core_path, module, role, projections, head_width_of(module, config, projections))
 
 
-def _slice(fused: Linear, part: str, position: int, parts: int) -> Linear:
+def equal_slice(fused: Linear, part: str, position: int, parts: int) -> Linear:
     """One of equal thirds or halves: what is usual, until it is measured."""
     width = fused.outputs // parts
     return Linear(fused.path, fused.module, fused.inputs, width, position * width, part)
@@ -343,7 +361,8 @@ def _gives_output(linear: Linear, width: int, values: int) -> bool:
     return name in OUTPUTS and linear.outputs == width and linear.inputs % values == 0
 
 
-def _head_width(module: nn.Module, config: object, projections: dict[str, Linear]) -> int:
+def head_width_of(module: nn.Module, config: object, projections: dict[str, Linear]) -> int:
+    """The width of an attention's heads."""
     for name in HEAD_WIDTHS:
         if isinstance(width := getattr(module, name, None), int):
             return width

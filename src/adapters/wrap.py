@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, Cache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils.hub import cached_file
 
 from .checkpoints import peft, whole
 from .checkpoints.atomic import finish
 from .composition import Block, MultiTask, Split
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .context import START, AdapterSetup, Forward, Record, generating, state, within
+from .described import bases_of, give_config, unchanged_on_failure
 from .errors import AdapterError, CompositionError
 from .evaluation import check_batch
+from .interface import INTERFACE_FILE, AdapterModelInterface
 from .model import ModelAdaptersMixin
 from .repetition import batch_size, repeat_inputs, repeated
 from .reports import with_record
@@ -35,19 +38,23 @@ CONTEXT_ARGUMENTS = (
     "adapter_names",
 )
 LOADING = {"_load_pretrained_model": staticmethod(whole.load_weights)}
-_CLASSES: dict[type, type] = {}
+_CLASSES: dict[tuple[type, tuple[type, ...]], type] = {}
 
 
 def init(
-    model: PreTrainedModel, adapters_config: ModelAdaptersConfig | None = None, interface: Any = None
+    model: Any, adapters_config: ModelAdaptersConfig | None = None, interface: Any = None
 ) -> PreTrainedModel | None:
     """Give a transformers model support for adapters, in place. Its outputs do not change.
+
+    interface: an ``AdapterModelInterface``, a dict of its fields or the folder it was saved to, for a model that the
+    rules do not read as you would, and for a module of torch that is no model of transformers.
 
     Returns:
         None; the model itself if it already had support; for a ``PeftModel`` the model in it, with PEFT's adapters.
 
     Raises:
-        AdapterError: `model` is not a transformers model, or an adapter of PEFT cannot be taken over.
+        AdapterError: `model` is not a transformers model and not described, the description does not fit it, or an
+            adapter of PEFT cannot be taken over.
 
     Example:
         >>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
@@ -58,17 +65,17 @@ def init(
         return cast(PreTrainedModel, model)
     if peft.is_wrapped(model):
         return cast(PreTrainedModel, peft.take_over(model))
-    if not isinstance(model, PreTrainedModel):
+    interface = AdapterModelInterface.of(interface)
+    if not isinstance(model, PreTrainedModel) and (interface is None or not isinstance(model, nn.Module)):
         raise AdapterError(
             f"adapters.init({type(model).__name__}): it is no transformers model; give a PreTrainedModel, such as "
-            "AutoModel.from_pretrained returns."
+            "AutoModel.from_pretrained returns, or describe a module of torch with interface=AdapterModelInterface(…)."
         )
+    base = getattr(model, "base_model", model)
     if interface is not None:
-        raise AdapterError(
-            "adapters.init(interface=…): this version reads where adapters sit off the model and takes no interface; "
-            "leave the argument out."
-        )
-    parts = [part for part in model.modules() if part is not model.base_model]
+        base = interface.base_of(model)
+        interface.check(base)
+    parts = [part for part in model.modules() if part is not base]
     if any(map(peft.is_wrapped, parts)):
         raise AdapterError(
             f"adapters.init({type(model).__name__}): it has modules of PEFT inside, which would act whatever is active "
@@ -80,13 +87,16 @@ def init(
             f"adapters.init({type(model).__name__}): a part of it, {type(inside[0]).__name__}, has adapters of its "
             "own; initialise the whole model first and add the adapters then."
         )
-    if vars(model.config).get("adapters") and adapters_config is None:
+    if isinstance(model, PreTrainedModel) and vars(model.config).get("adapters") and adapters_config is None:
         warnings.warn(
             f"adapters.init({type(model).__name__}): the checkpoint has adapters, of which from_pretrained read no "
             "weights; they are made anew. Read them with adapters.load_model(path, model_class).",
             stacklevel=2,
         )
-    ModelAdaptersMixin.init_adapters(cast(ModelAdaptersMixin, model), adapters_config)
+    with unchanged_on_failure(base, model):
+        if interface is not None:
+            give_config(model, base, interface)
+        ModelAdaptersMixin.init_adapters(cast(ModelAdaptersMixin, model), adapters_config, interface)
     return None
 
 
@@ -108,9 +118,8 @@ def load_model(
     Example:
         >>> model = adapters.load_model("folder", BertForSequenceClassification)
     """
-    if interface is not None:
-        raise AdapterError("load_model(interface=…): this version takes no interface; leave the argument out.")
     finish(Path(model_name_or_path))
+    interface = AdapterModelInterface.of(_saved_interface(model_name_or_path) if interface is None else interface)
     if issubclass(model_class, _BaseAutoModelClass):
         config = kwargs.get("config") or AutoConfig.from_pretrained(model_name_or_path)
         model_class = model_class._model_mapping[type(config)]
@@ -120,45 +129,55 @@ def load_model(
 
     def build(self: Any, config: Any, *args: Any, **arguments: Any) -> None:
         model_class.__init__(self, config, *args, **arguments)
-        ModelAdaptersMixin.init_adapters(self)
+        ModelAdaptersMixin.init_adapters(self, interface=interface)
 
     building: Any = type(model_class.__name__, (model_class,), {**_names(model_class), "__init__": build, **LOADING})
     loaded: Any = building.from_pretrained(model_name_or_path, *model_args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
-    model.__class__ = adapted_class(model_class)
+    model.__class__ = adapted_class(model_class, type(model)._added)
     return cast(PreTrainedModel, loaded)
 
 
-def enable(model: Any) -> None:
+def _saved_interface(path: Any) -> Any:
+    """The file with the interface that a model was saved with; None if there is none."""
+    wanted = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)
+    return cached_file(path, INTERFACE_FILE, **{f"_raise_exceptions_for_{name}": no for name, no in wanted.items()})
+
+
+def enable(model: Any, interface: AdapterModelInterface | None = None) -> None:
     """Swap a model's class for the one with adapters."""
     if not isinstance(model, ModelAdaptersMixin):
-        model.__class__ = adapted_class(type(model))
+        model.__class__ = adapted_class(type(model), () if interface is None else bases_of(model))
+        if interface is not None:
+            model.adapter_interface = interface
         if "_old_forward" in vars(model):  # accelerate keeps the forward that it wrapped
             model._old_forward = type(model).forward.__get__(model)
 
 
-def adapted_class(cls: type) -> type:
-    """The class with adapters of a model class: of the same name and module, which transformers keys on."""
-    if cls not in _CLASSES:
-        namespace: dict[str, Any] = {**_names(cls), "forward": in_forward_context(cls.forward), "_plain_class": cls}  # type: ignore[attr-defined]
+def adapted_class(cls: type, added: tuple[type, ...] = ()) -> type:
+    """The class with adapters, and with further bases, of a model class: of its name and module, transformers' keys."""
+    if (cls, added) not in _CLASSES:
+        forward: Any = cls.forward  # type: ignore[attr-defined]
+        namespace = _names(cls) | {"forward": in_forward_context(forward), "_plain_class": cls, "_added": added}
         if issubclass(cls, GenerationMixin):
             namespace |= generation_methods(cls)
-        _CLASSES[cls] = type(cls.__name__, (Swapped, cls), namespace)
-    return _CLASSES[cls]
+        _CLASSES[cls, added] = type(cls.__name__, (Swapped, *added, cls), namespace)
+    return _CLASSES[cls, added]
 
 
 class Swapped(ModelAdaptersMixin):
     """A model whose class was swapped: it is copied and pickled by way of its plain class."""
 
     _plain_class: type
+    _added: tuple[type, ...]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Rebuild from the plain class and the state."""
-        return _rebuild, (self._plain_class,), self.__dict__
+        return _rebuild, (self._plain_class, self._added), self.__dict__
 
 
-def _rebuild(plain_class: type) -> Any:
-    cls: Any = adapted_class(plain_class)
+def _rebuild(plain_class: type, added: tuple[type, ...] = ()) -> Any:
+    cls: Any = adapted_class(plain_class, added)
     return cls.__new__(cls)
 
 

@@ -49,7 +49,17 @@ def runs(page):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks by the old name
 @pytest.mark.parametrize(
-    "page", ["architecture", "checkpoints", "composition", "heads", "merging", "migrating", "quantised-training"]
+    "page",
+    [
+        "any-architecture",
+        "architecture",
+        "checkpoints",
+        "composition",
+        "heads",
+        "merging",
+        "migrating",
+        "quantised-training",
+    ],
 )
 def test_the_snippets_of_a_page_run_in_order(page, offline):
     runs(page)
@@ -59,6 +69,7 @@ def test_every_page_with_snippets_runs():
     pages = {page for page, text in PAGES.items() if SNIPPET.search(text)}
     own = {"adding-a-method", "quickstart", "training"}  # tested by themselves
     assert pages - own == {
+        "any-architecture",
         "architecture",
         "checkpoints",
         "composition",

@@ -129,7 +129,7 @@ SPEECH = {"layers": 1, "attention_heads": 4, "ffn_dim": 24}
 def test_what_a_model_lacks_is_named():
     model = initialised(MixtralModel(MixtralConfig(num_key_value_heads=2, num_local_experts=4, **SIZE, **TEXT)))
     with pytest.raises(AdapterError, match="has no site for 'intermediate_lora' and 'output_lora'"):
-        model.add_adapter("a", LoRAConfig(intermediate_lora=True, output_lora=True))
+        model.add_adapter("a", LoRAConfig(intermediate_lora=True, output_lora=True, use_dora=True))
 
 
 def test_prefixes_of_towers_of_different_shapes():

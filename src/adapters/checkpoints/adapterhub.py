@@ -12,7 +12,9 @@ from ..configuration import AdapterConfig
 from ..configuration.hashing import get_adapter_config_hash
 from ..configuration.resolve import build_config
 from ..errors import CheckpointError, UnknownAdapterError, suggestion
+from ..interface import INTERFACE_FILE
 from . import files, heads, hub, legacy, peft, weights
+from .atomic import Job
 from .files import ADAPTER, HEAD, Content, Contents, Gone
 from .loaders import WeightsLoader
 from .placing import Adapters, Saved, all_or_nothing, place
@@ -50,7 +52,7 @@ def save_adapter(
         CheckpointError: The folder cannot be written, or PEFT cannot express a field.
     """
     contents = contents_of(model, adapter_name, with_head, meta_dict or {}, format)
-    files.write(save_directory, contents, use_safetensors)
+    files.write_tree(save_directory, [("", contents)], use_safetensors, more=_interface(model, save_directory))
     for loader in custom_weights_loaders or ():
         loader.save(str(save_directory), adapter_name)
 
@@ -71,10 +73,17 @@ def save_all_adapters(
     """
     names, meta = [*model.adapters_config.adapters], dict(meta_dict or {})
     folders = ((name, contents_of(model, name, with_head, meta | config_id(model, name), format)) for name in names)
-    files.write_tree(save_directory, folders, use_safetensors)
+    files.write_tree(save_directory, folders, use_safetensors, more=_interface(model, save_directory))
     for loader in custom_weights_loaders or ():
         for name in names:
             loader.save(str(files.subfolder(save_directory, name)), name)
+
+
+def _interface(model: "ModelAdaptersMixin", directory: Folder) -> dict[str, Job]:
+    """The file with what the user says of the model."""
+    interface = model.adapter_sites.anatomy.interface
+    content = None if interface is None else interface.content(model.config.model_type)
+    return {} if content is None else {INTERFACE_FILE: files.json_job(directory, content)}
 
 
 def contents_of(

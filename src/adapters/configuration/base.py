@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import MISSING, Field, FrozenInstanceError, fields, is_dataclass
+from dataclasses import MISSING, Field, FrozenInstanceError, dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Self, cast
 
@@ -13,12 +13,22 @@ LATER = {"later": True}
 """Metadata of a field that 1.x does not have: ``to_dict``, and so a file, leaves it out where it is at its default."""
 
 
-class AdapterConfig(Mapping[str, Any]):
+@dataclass(eq=False)
+class Placed:
+    """The parts of a composite model where an adapter sits; None: all of them."""
+
+    modules: str | list[str] | None = field(default=None, metadata=LATER, kw_only=True)
+
+
+class AdapterConfig(Placed, Mapping[str, Any]):
     """How one adapter is built: the base of the configuration of every method.
 
     A method's configuration is a dataclass (declared with ``eq=False``) below this class. Its fields can be read as
     attributes and as the items of a mapping, and are set once: a changed copy comes from :meth:`replace`.
     Two configurations are equal if their fields are, whatever their class is.
+
+    Every one has ``modules``, the parts of the model where its adapter sits (None: all): their names, such as "vision",
+    "text" or "decoder", or patterns of module paths, such as "layers.1?.*".
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -36,15 +46,21 @@ class AdapterConfig(Mapping[str, Any]):
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
         """Refuse unknown fields with a message that suggests the right one."""
-        if not is_dataclass(cls):
+        if cls.__init__ is Placed.__init__:
             raise ConfigError(f"{cls.__name__}(): the class is abstract; use the configuration of a method.")
         cls.check_known(values)
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type in (bool, "bool") and not isinstance(self[field.name], bool):
-                raise self.refusal(field.name, "no truth value", "it must be True or False")
+        for item in fields(self):
+            if item.type in (bool, "bool") and not isinstance(self[item.name], bool):
+                raise self.refusal(item.name, "no truth value", "it must be True or False")
+        if self.modules is not None:
+            parts = [self.modules] if isinstance(self.modules, str) else self.modules
+            if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(p, str) and p for p in parts):
+                wanted = 'it must be a list of such as "vision", "decoder" and patterns of module paths, or None'
+                raise self.refusal("modules", "no list of parts of a model", wanted)
+            self.normalize("modules", list(parts))
         if "architecture" in self and self.architecture != type(self).architecture:
             raise self.refusal("architecture", "another method", f"it must be {type(self).architecture!r}")
         seed = self.get("init_weights_seed")
@@ -156,7 +172,7 @@ class AdapterConfig(Mapping[str, Any]):
 
 @cache
 def _field_names(cls: type[AdapterConfig]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cls))
+    return tuple(item.name for item in sorted(fields(cls), key=lambda item: item.kw_only is True))
 
 
 @cache

@@ -45,20 +45,20 @@ class LoRAConfig(AdapterConfig):
     """Low-rank changes of the linear maps of a model. Hu et al. 2021, arXiv:2106.09685.
 
     ``selfattn_lora`` changes the projections of every attention that ``attn_matrices`` names (q, k, v and o, the
-    output), ``intermediate_lora`` the first and ``output_lora`` the second map of the feed-forward block, in all
-    layers but those in ``leave_out``. ``target_modules``, if it is given, says in place of all these flags which
-    modules are changed: a list of ends of module paths, a regular expression for whole paths (relative to the base
-    model), or "all-linear". The change has rank ``r`` and is scaled by ``alpha / r``. ``dtype`` is the name
-    of the torch dtype of the new parameters; None is that of the model. ``composition_mode="scale"`` is (IA)³
-    (at the modules that ``scaled_inputs`` names, as ``target_modules`` does, inputs are scaled in place of outputs);
-    ``use_dora`` is DoRA, ``vera_d`` and ``vera_b`` (the start values of its vectors) are VeRA.
+    output), ``intermediate_lora`` the first and ``output_lora`` the second map of the feed-forward block, in all layers
+    but those in ``leave_out``. ``target_modules``, if it is given, says in place of all these flags which modules are
+    changed: a list of ends of module paths, a regular expression for whole paths (relative to the base model), or
+    "all-linear". The change has rank ``r`` and is scaled by ``alpha / r``. ``dtype`` names the torch dtype of the new
+    parameters; None is the model's. ``composition_mode="scale"`` is (IA)³ (at the modules in ``scaled_inputs``, named
+    as in ``target_modules``, it scales inputs), ``use_dora`` is DoRA, ``vera_d`` and ``vera_b`` (starts) are VeRA.
 
     Not in 1.x: ``use_rslora`` scales by ``alpha / sqrt(r)`` (arXiv:2312.03732). ``rank_pattern`` and ``alpha_pattern``
     give single places another r (0: none) or alpha; which key wins is said in ``methods/patterns.py``. ``lora_bias``
     adds a bias to B. ``embedding_lora`` changes the token embeddings, ``lm_head_lora`` the map onto the vocabulary.
+    Experts have an A and a B each, or with ``shared_experts`` the same; ``router_lora`` changes their router.
     ``init_weights`` is one of 1.x's "lora", "bert", "ia3" and "vera", or "pissa", "pissa_niter_16" (or another number
-    of iterations), "olora", "eva" or "lora_ga"; the last two wait for ``model.initialize_lora``.
-    ``legacy`` marks DoRA and VeRA from files of 1.x, which are computed as there; new ones are those of the papers.
+    of iterations), "olora", "eva" or "lora_ga"; the last two wait for ``model.initialize_lora``. ``legacy`` marks DoRA
+    and VeRA from files of 1.x, which are computed as there; new ones are those of the papers.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -90,6 +90,8 @@ class LoRAConfig(AdapterConfig):
     legacy: bool = field(default=False, metadata=LATER)
     target_modules: str | list[str] | None = field(default=None, metadata=LATER)
     scaled_inputs: str | list[str] | None = field(default=None, metadata=LATER)
+    shared_experts: bool = field(default=False, metadata=LATER, kw_only=True)
+    router_lora: bool = field(default=False, metadata=LATER, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,7 +151,7 @@ class LoRAConfig(AdapterConfig):
         kinds: dict[str, tuple[str, ...]] = dict.fromkeys((*PATTERNS, "use_rslora"), ("lora", "dora"))
         kinds |= {"legacy": ("dora", "vera", "dvora"), "scaled_inputs": ("ia3",)}
         for name in options:
-            if name != "target_modules" and kind not in (having := kinds.get(name, ("lora",))):
+            if name not in ("target_modules", "modules") and kind not in (having := kinds.get(name, ("lora",))):
                 raise self.refusal(name, f"not possible with {kind}", f"only {' and '.join(having)} have it")
         if self.embedding_lora:
             for name in ("use_gating", "dropout", "lora_bias"):

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,17 +13,22 @@ from ..checkpoints.files import ADAPTER, FUSION, HEAD
 from ..checkpoints.fusion import load_adapter_fusion
 from ..checkpoints.heads import load_head
 from ..checkpoints.placing import all_or_nothing
+from ..checkpoints.weights import copied
 from ..composition import Block, Fuse, Setup
 from ..errors import CheckpointError, listing
 from ..heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
 from ..model import ModelAdaptersMixin
+from ..sharded import set_whole
 
 OTHER_WEIGHTS = "trained_base_parameters.safetensors"
 """Trained weights of the base model itself, such as embeddings; the file is there only if there are any."""
 
 
-def save_trained(model: ModelAdaptersMixin, folder: str, with_fusions: bool) -> None:
-    """Writes each adapter, each fusion if `with_fusions`, and each head into a folder of its name: all or none."""
+def save_trained(model: ModelAdaptersMixin, folder: str, with_fusions: bool, write: bool = True) -> None:
+    """Writes each adapter, each fusion if `with_fusions`, and each head into a folder of its name: all or none.
+
+    write: False in processes that only give their parts of the tensors.
+    """
 
     def contents() -> Iterator[tuple[str, files.Contents]]:
         for name in model.adapters_config:
@@ -35,7 +39,11 @@ def save_trained(model: ModelAdaptersMixin, folder: str, with_fusions: bool) -> 
             if name not in model.adapters_config and (head := heads.content(model, name)):
                 yield name, {HEAD: head}
 
-    weights = {name: parameter.detach().contiguous() for name, parameter in _other_trained(model).items()}
+    weights = {name: copied(parameter) for name, parameter in _other_trained(model).items()}
+    if not write:
+        for _ in contents():
+            pass
+        return
     more = {OTHER_WEIGHTS: partial(save_file, weights, metadata={"format": "pt"})} if weights else {}
     files.write_tree(folder, contents(), True, more)
 
@@ -101,6 +109,5 @@ def _load_others(model: ModelAdaptersMixin, file: Path) -> None:
             f"resume from {str(file.parent)!r}: {misfits[0]!r} is not in this model or has another shape; it must be "
             "the model that was trained. Load that one."
         )
-    with torch.no_grad():
-        for name, value in saved.items():
-            parameters[name].copy_(value)
+    for name, value in saved.items():
+        set_whole(parameters[name], value)

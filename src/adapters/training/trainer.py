@@ -13,7 +13,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     Seq2SeqTrainer,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -32,6 +31,7 @@ from ..model import ModelAdaptersMixin
 from .checkpoint import fused, load_trained, save_trained
 from .legacy_arguments import AdapterTrainingArguments
 from .loraplus import loraplus_groups
+from .processes import SharedTrainer
 from .resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ QUANTIZED_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 FUSION_VALUE = re.compile(r"(?:^|\.)adapter_fusion_layer\.[^.]+\.value\.")
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(SharedTrainer):
     """`Trainer` that trains, saves and resumes adapters, fusions and heads of a frozen model.
 
     Takes the arguments of `Trainer`, `tokenizer` as the former name of `processing_class`, and `adapter_names`, a
@@ -211,12 +211,11 @@ class AdapterTrainer(Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        save_trained(self._adapted, folder, self.train_adapter_fusion, self.args.should_save)
         if not self.args.should_save:
             return
-        folder = str(self.args.output_dir if output_dir is None else output_dir)
-        os.makedirs(folder, exist_ok=True)
-        logger.info("Saving adapters to %s", folder)
-        save_trained(self._adapted, folder, with_fusions=self.train_adapter_fusion)
+        logger.info("Saved adapters to %s", folder)
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(folder)

@@ -89,6 +89,7 @@ FREE = {
     "intermediate_lora",
     "leave_out",
     "lm_head_lora",
+    "modules",
     "output_lora",
     "random_uniform_scale",
     "selfattn_lora",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ...configuration import AdapterConfig
+from ...methods.experts import ExpertSite, RouterSite
 from ...methods.lora import LoRAConfig
 from ...methods.lora_init import FROM_WEIGHT, factors
 from ...sites import LinearSite, Site
@@ -55,6 +56,8 @@ class LoRAForm(Form):
         for name in ("use_gating", "legacy"):
             if draft.fields.get(name):
                 raise draft.refusal(name, "PEFT's LoRA has no such option. Save it in the native format")
+        if any(isinstance(site, (ExpertSite, RouterSite)) for site in draft.parts):
+            raise draft.refusal("target_modules", "experts and routers are written in the native format only")
         scales = {site: scale_of(draft, site) for site in draft.parts}
         draft.change(_plain)
         _join_slices(draft, scales)

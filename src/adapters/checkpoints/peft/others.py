@@ -328,8 +328,8 @@ class PrefixForm(Form):
         """See the base."""
         groups = [dict(module.named_children()) for module in draft.model.adapter_sites.shared(draft.name).values()]
         kinds = [group for each in groups for group in each.values()]
-        for name in ("encoder_prefix", "cross_prefix", "leave_out", "use_gating"):
-            if len(kinds) != 1 or (name in ("leave_out", "use_gating") and draft.fields[name]):
+        for name in ("encoder_prefix", "cross_prefix", "leave_out", "modules", "use_gating"):
+            if len(kinds) != 1 or (name in ("leave_out", "modules", "use_gating") and draft.fields[name]):
                 raise draft.refusal(name, "PEFT has one prefix without gates, in all layers of one stack")
         if not draft.fields["shift_positions"]:
             raise draft.refusal("shift_positions", "PEFT counts the prefix as positions; train it so")
