@@ -25,7 +25,7 @@ class SharedTrainer(Trainer):
 
         plugin: Any = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
+        if self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -35,6 +35,6 @@ class SharedTrainer(Trainer):
         """
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         if self.args.ddp_find_unused_parameters is None:
-            reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
-            arguments["kwargs_handlers"][0].find_unused_parameters = not reentrant
+            options: Any = self.args.activation_checkpointing_kwargs or {}
+            arguments["kwargs_handlers"][0].find_unused_parameters = not options.get("use_reentrant", False)
         return arguments
