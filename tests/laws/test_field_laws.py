@@ -89,6 +89,8 @@ ROWS: dict[str, dict[str, Row]] = {
         "task_specific_matrix_type": to("linear"),
         "weights_sharpness": to(5.0, n_up_projection=3),
         "scaled_inputs": no(["output.dense"]),
+        "shared_experts": no(True),
+        "router_lora": no(True),
     },
     "adalora": LINEAR | {"init_r": to(5), "alpha": to(3)},
     "loha": LYCORIS | {"init_weights": to("random")},
@@ -307,6 +309,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     | {"num_tasks": "tests/methods/test_prompts.py::test_multitask_prompt_tuning_is_pefts"},
     "bitfit": {"missing_too": "tests/methods/test_small_and_reft.py: refused without on models that have no bias"},
 }
+ELSEWHERE["lora"] = dict.fromkeys(("shared_experts", "router_lora"), "tests/methods/test_experts.py")
 # Seeds of a start in which nothing is random.
 ELSEWHERE["router"]["init_weights_seed"] = "a gate starts at zero"
 ELSEWHERE["randlora"] = {"init_weights_seed": "the diagonals start as constants, and projection_prng_key is the bases'"}
@@ -317,7 +320,7 @@ def test_every_field_has_a_row() -> None:
     for name, kind in ARCHITECTURES.items():
         if name in (None, "union"):  # the bottleneck's other name; a list
             continue
-        known = {item.name for item in fields(kind)} - {"architecture"}
+        known = {item.name for item in fields(kind)} - {"architecture", "modules"}  # see test_modules_laws.py
         assert known == ROWS.get(name, {}).keys() | ELSEWHERE.get(name, {}).keys(), name
 
 
