@@ -20,13 +20,17 @@ EXCEPTIONS = {"model.py": 600}
 ORDER = ["errors", "configuration", "signals", "composition", "context", "containers", "derived"]
 ORDER += [
     "grouping",
-    "standing_in",
     "evaluation",
     "interfaces",
+    "interface",
+    "convolutions",
     "topology",
+    "described",
     "samples",
     "quantised",
     "sharded",
+    "merging",
+    "standing_in",
     "trace",
     "fused",
     "trails",
@@ -34,6 +38,8 @@ ORDER += [
     "survey",
     "sites",
     "layouts",
+    "recorded",
+    "stacks",
     "prompts",
     "positions",
     "sublayers",
@@ -43,7 +49,6 @@ ORDER += [
     "blocks",
     "norms",
     "method",
-    "merging",
     "methods",
 ]
 ORDER += ["configuration.resolve", "configuration.model_adapters_config"]
@@ -53,6 +58,7 @@ ORDER += [
     "placement",
     "sitemap",
     "summary",
+    "walking",
     "sharing",
     "mixing",
     "averaging",
@@ -63,6 +69,8 @@ ORDER += [
     "embeddings",
     "model",
     "wrap",
+    "describing",
+    "former_names",
     "heads",
     "exporting",
 ]

@@ -14,6 +14,7 @@ from .errors import CompositionError
 from .signals import Signal
 
 if TYPE_CHECKING:
+    from .grouping import Group
     from .sites import Site
 
 S = TypeVar("S", bound=Signal)
@@ -81,12 +82,18 @@ def _sizes_differ(tree: BatchSplit, rows: int) -> CompositionError:
 
 
 def _evaluate_rows(tree: Block, sizes: Sequence[int], signal: S, site: Site) -> S:
-    group = site.group(tree)
+    group = _group(tree, signal, site)
     if group is not None and group.complete and len(set(sizes)) == 1:
         return group.apply(signal, None)
     if group is not None and group.suits(len(signal)):
         return group.apply(signal, [child for child, size in enumerate(sizes) for _ in range(size)])
     return _evaluate_parts(tree.children, sizes, signal, site)
+
+
+def _group(tree: Block, signal: Signal, site: Site) -> Group | None:
+    """The children in one call, which is for states (b, s, d) and ids (b, s); maps and packed rows go one by one."""
+    features = signal.features
+    return site.group(tree) if features.dim() == 3 or not features.is_floating_point() else None
 
 
 def _evaluate_parts(children: Sequence[Setup], sizes: Sequence[int], signal: S, site: Site) -> S:
@@ -128,7 +135,7 @@ def _evaluate_tasks(tree: MultiTask, signal: S, site: Site) -> S:
     tasks = signal.own(site.task_ids(tree), site.rows_are_expanded)
     if len(tasks) != len(signal):
         raise CompositionError(f"{tree}: {len(tasks)} tasks for {len(signal)} rows; there must be one for each row.")
-    group = site.group(tree)
+    group = _group(tree, signal, site)
     if group is not None and group.suits(len(signal)):
         return group.apply(signal, tasks)
     if torch.compiler.is_compiling():  # how many rows each child has is not known to the graph: each gets all

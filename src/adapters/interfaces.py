@@ -14,10 +14,12 @@ POSITIONS_FROM_MASK: frozenset[str] = frozenset({"opt", "biogpt"})
 
 WITHOUT_PROMPTS: dict[str, str] = {
     "deepseek_v4": "its routing by hash reads token ids, of which a prompt has none",
+    "gemma4": "it looks its embeddings up in the table to find what each layer adds for a token",
+    "lilt": "its layout runs in a stream of its own beside the text",
     "funnel": "its attention pools over lengths that are taken from the tokens",
     "mra": "its attention takes lengths of whole blocks only",
 }
 """Model types whose input cannot be lengthened by embeddings, and why."""
 
-MASK_OF_TOKENS: frozenset[str] = frozenset({"layoutlm", "markuplm"})
+MASK_OF_TOKENS: frozenset[str] = frozenset({"layoutlm", "lxmert", "markuplm"})
 """Model types that make a mask of the length of their tokens, not of their embeddings, where they are given none."""

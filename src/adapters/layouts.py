@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -191,3 +191,14 @@ class Layout:
         slots = first + torch.arange(self.length, device=given.device) - (self.length - count)
         place = torch.arange(tokens, device=given.device)[None]
         return self.spread(slots.clamp(min=0), torch.where(place < start, given, given + count))
+
+
+def for_each_token(inputs: dict[str, Any], hidden: Tensor) -> dict[str, Tensor]:
+    """The inputs that say something of each token (b, s, …) in whole numbers, other than what is lengthened itself."""
+    apart = ("input_ids", "attention_mask", "position_ids", "labels")
+    return {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == hidden.shape[:2]
+        if not value.is_floating_point() and name not in apart and not name.startswith(("encoder_", "decoder_"))
+    }

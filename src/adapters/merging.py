@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from .composition import Average, Block, Setup, Stack
 from .errors import AdapterError, CompositionError, listing
 from .quantised import QuantisedWeight, is_quantised
-from .sites import Site
+
+if TYPE_CHECKING:
+    from .sites import Site
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Merge:
         """
         self.setup, self.asked = setup, f"merge_adapter({setup!r})"
         self._stored: list[Stored | QuantisedWeight] = []
-        self._check(setup)
+        _check(self.asked, setup)
         by_host: dict[int, list[tuple[Site, Setup]]] = {}
         for site, plan in plans:
             by_host.setdefault(id(site.host), []).append((site, plan))
@@ -64,17 +67,6 @@ class Merge:
     def names(self) -> frozenset[str]:
         """The adapters that are in the weights."""
         return frozenset(self.setup.flatten() if isinstance(self.setup, Block) else [str(self.setup)])
-
-    def _check(self, setup: Setup) -> None:
-        if not isinstance(setup, Block):
-            return
-        if not isinstance(setup, (Stack, Average)):
-            raise CompositionError(
-                f"{self.asked}: {type(setup).__name__} does not do the same to all tokens, as weights do; only "
-                "adapters in Stack and Average can be merged. Keep the setup active instead."
-            )
-        for child in setup.children:
-            self._check(child)
 
     def _merge_all(self, places: list[tuple[Site, Setup]]) -> None:
         """Merge at the sites of one host."""
@@ -98,10 +90,7 @@ class Merge:
                 f"{self.asked}: what {listing(kinds)} has at {site.path}, {' and '.join(kinds.values())}, does not "
                 "change a weight that could be merged into; keep the adapter active instead."
             )
-        merged = _merged_weight(site, plan, _wide(weight))
-        merged_bias = None
-        if bias is not None:
-            merged_bias = _folded(plan, _wide(bias), lambda name, value: site.adapters[name].merged_bias(value))
+        merged, merged_bias = worked_in(site, plan, _wide(weight), None if bias is None else _wide(bias), self.asked)
         self._stored.append(Stored(site, None if quantised else weight.clone(), None if bias is None else bias.clone()))
         site.write(merged, merged_bias)
         site.merged = self.names
@@ -154,11 +143,36 @@ def _folded(plan: Setup, value: Tensor, leaf: Callable[[str, Tensor], Tensor]) -
     return value if plan is None else leaf(str(plan), value)
 
 
-def _merged_weight(site: Site, plan: Setup, original: Tensor) -> Tensor:
+def _check(asked: str, setup: Setup) -> None:
+    if not isinstance(setup, Block):
+        return
+    if not isinstance(setup, (Stack, Average)):
+        raise CompositionError(
+            f"{asked}: {type(setup).__name__} does not do the same to all tokens, as weights do; only adapters in "
+            "Stack and Average can be worked into them. Keep the setup active instead of merging it; at a map of which "
+            "only the weight is read nothing else is possible."
+        )
+    for child in setup.children:
+        _check(asked, child)
+
+
+def worked_in(
+    site: Site, plan: Setup, original: Tensor, bias: Tensor | None, asked: str
+) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of a site with the adapters of `plan` worked in.
+
+    Raises:
+        CompositionError: one of its blocks is neither a Stack nor an Average.
+    """
+    _check(asked, plan)
+
     def merged(name: str, weight: Tensor) -> Tensor:
         module = site.adapters[name]
         if module.transforms_input and weight is not original:  # beside others it adds its change of the map's own W
             return weight + (module.merged_weight(original) - original)
         return module.merged_weight(weight)
 
-    return _folded(plan, original, merged)
+    weight = _folded(plan, original, merged)
+    if bias is not None:
+        bias = _folded(plan, bias, lambda name, value: site.adapters[name].merged_bias(value))
+    return weight, bias

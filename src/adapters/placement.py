@@ -125,11 +125,11 @@ def check_layers(anatomy: Anatomy, asked: str, layers: Iterable[int]) -> None:
     """Refuse numbers that no layer of the model has; layers that share their weights have one number each."""
     if not isinstance(layers, (list, tuple, set, frozenset)) or not all(isinstance(layer, int) for layer in layers):
         raise AdapterError(f"{asked}: layers are given as a list of whole numbers, such as [0, 1].")
-    count = max(len(anatomy.blocks), getattr(anatomy.base_model.config, "num_hidden_layers", 0))
-    unknown = sorted(layer for layer in layers if not 0 <= layer < count)
+    unknown = sorted(layer for layer in layers if not 0 <= layer < anatomy.depth)
     if unknown and anatomy.blocks:
         raise AdapterError(
-            f"{asked}: {type(anatomy.base_model).__name__} has no layer {unknown[0]}; its layers are 0 to {count - 1}."
+            f"{asked}: {type(anatomy.base_model).__name__} has no layer {unknown[0]}; its layers are 0 to "
+            f"{anatomy.depth - 1}."
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -19,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from .composition import Setup
 from .context import state
-from .errors import AdapterError
+from .errors import AdapterError, CompositionError
 from .evaluation import evaluate
 from .interfaces import MASK_OF_TOKENS, POSITIONS_FROM_MASK, WITHOUT_PROMPTS
-from .layouts import TARGETS, Layout, PromptSignal, Target
+from .layouts import TARGETS, Layout, PromptSignal, Target, for_each_token
 from .sites import Place, Site
+from .stacks import Stack, embeddings_module, runs_longer
 from .topology import Anatomy, input_embeddings, path_of
-from .trace import Watcher, watch
 
 
 class Kept(threading.local):
@@ -49,20 +48,22 @@ class Kept(threading.local):
 
 
 class PromptSite(Site):
-    """The input of a model; of an encoder-decoder, that of its encoder."""
+    """The input of a model; of an encoder-decoder, that of its encoder; or of a stack of blocks within it."""
 
     kind = "prompt"
     locations: ClassVar[dict[str, str]] = {"": "prompt"}
     holder = "prompt_tuning"
 
-    def __init__(self, place: Place, stack: nn.Module, anatomy: Anatomy, width: int) -> None:
-        """stack: the model or its encoder; width: d of the embeddings."""
+    def __init__(
+        self, place: Place, stack: nn.Module, anatomy: Anatomy, width: int, within: Stack | None = None
+    ) -> None:
+        """stack: the model or its encoder; width: d of the embeddings; within: the blocks, whose first is `stack`."""
         super().__init__(place, stack)
-        self.base_model, self.width = anatomy.base_model, width
+        self.base_model, self.width, self.within = anatomy.base_model, width, within
         self.decoder = anatomy.base_model.get_decoder() if place.stack else None
         self.parameters = _parameters(stack)
-        self.embeddings = _embeddings_module(stack)
-        self.placements = [] if self.embeddings is None else ["embeddings"]
+        self.embeddings = embeddings_module(stack)
+        self.placements = [] if self.embeddings is None and within is None else ["embeddings"]
         reads = "inputs_embeds" in self.parameters and isinstance(input_embeddings(stack), nn.Embedding)
         self.placements += ["tokens"] if reads else []
         self.pooler = stack._modules.get("pooler")
@@ -73,7 +74,7 @@ class PromptSite(Site):
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Self]:
-        """One, if the model reads tokens or has an embeddings module.
+        """One, if the model reads tokens or has an embeddings module; else one for each stack of attentions.
 
         Raises:
             AdapterError: its input cannot be lengthened.
@@ -89,27 +90,27 @@ class PromptSite(Site):
         path = path_of(model, stack)
         if path is None:
             return
-        table = input_embeddings(stack)
+        table, embeddings = input_embeddings(stack), embeddings_module(stack)
+        place = Place(-1, "encoder" if encoder_decoder else "", "", path, "")
         if "inputs_embeds" in _parameters(stack) and isinstance(table, nn.Embedding):
-            width = table.embedding_dim
-        elif anatomy.blocks and (embeddings := _embeddings_module(stack)) is not None:
-            if not _gives_sequence(model, anatomy, embeddings):
-                raise _no_sequence(model)
-            width = anatomy.blocks[0].width
+            yield cls(place, stack, anatomy, table.embedding_dim)
+        elif anatomy.blocks and embeddings is not None and runs_longer(model, embeddings):
+            yield cls(place, stack, anatomy, anatomy.blocks[0].width)
         else:
-            return
-        yield cls(Place(-1, "encoder" if encoder_decoder else "", "", path, ""), stack, anatomy, width)
+            for within in Stack.find(anatomy):
+                where = replace(place, host_path=within.path)
+                yield cls(where, within.modules[0], anatomy, within.width, within)
 
     @property
     def root(self) -> tuple[str, nn.Module]:
-        """The base model."""
-        return "", self.base_model
+        """The base model, or the first block of the stack."""
+        return ("", self.base_model) if self.within is None else super().root
 
     @property
     def reference(self) -> Tensor:
         """The embeddings' weight."""
-        module = self.token_embeddings() if self.embeddings is None else self.embeddings
-        return next(module.parameters())
+        tokens = self.embeddings is None and self.within is None
+        return next((self.token_embeddings() if tokens else self.embeddings or self.host).parameters())
 
     def token_embeddings(self) -> nn.Module:
         """The map from token ids (b, s) to embeddings (b, s, d).
@@ -138,10 +139,17 @@ class PromptSite(Site):
                 f"add_adapter({type(config).__name__}(placement={placement!r})): {type(self.base_model).__name__} has "
                 f"only the placement {' and '.join(map(repr, self.placements))}; use it, or 'auto'."
             )
+        if self.within is not None and config.combine == "prefix_after_bos":
+            raise AdapterError(
+                f"add_adapter({type(config).__name__}(combine='prefix_after_bos')): {type(self.base_model).__name__} "
+                "has no first token that a prompt could follow; use combine='prefix'."
+            )
         return Target(placement, config.combine == "prefix_after_bos")
 
     def attach(self) -> list[RemovableHandle]:
         """Stand at the model's entrance (an encoder-decoder's: at both stacks'), its embeddings and its pooler."""
+        if self.within is not None:
+            return self.within.attach(self._prompt)
         handles: list[RemovableHandle] = []
         if self.decoder is None:
             handles.append(self.owner.at_entrance(self))
@@ -219,7 +227,10 @@ class PromptSite(Site):
         if not layouts:
             return None
         if not isinstance(output, Tensor) or output.dim() != 3:
-            raise _no_sequence(self.base_model)
+            raise AdapterError(
+                f"prompt tuning: the embeddings module of {type(self.base_model).__name__} does not give a sequence of "
+                "embeddings (b, s, d) alone, so a prompt has no place; use LoRA or a bottleneck adapter."
+            )
         hidden: Tensor = output
         for layout in layouts:
             hidden = layout.spread(layout.prompt, hidden)
@@ -238,6 +249,17 @@ class PromptSite(Site):
         if hidden.dim() == 3:
             return _tokens_of(layouts, hidden), *args[1:]
         return None if self._kept.hidden is None else (_tokens_of(layouts, self._kept.hidden)[:, 0], *args[1:])
+
+    def _prompt(self, rows: int, width: int) -> Tensor | None:
+        """(rows, p, d) what stands in front of the blocks' states."""
+        plan = self.plan()
+        signals = [] if plan is None else self._signals(plan, rows, width)
+        if any(signal.seen is not None for signal in signals):
+            raise CompositionError(
+                f"{plan}: the blocks at {self.host_path} have no mask, so prompts in one batch must be of one length; "
+                "use prompts of one prompt_length."
+            )
+        return torch.cat([signal.prompt for signal in signals], 1) if signals else None
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -315,19 +337,20 @@ class PromptSite(Site):
         return inputs
 
     def _with_prompts(self, inputs: dict[str, Any], layouts: Sequence[Layout]) -> dict[str, Any]:
-        """Embeddings in place of tokens, token types and positions, with prompts put in."""
+        """Embeddings in place of tokens, positions and whole numbers for each token (types, boxes), prompts put in."""
         hidden = inputs.get("inputs_embeds")
         hidden = self.token_embeddings()(inputs["input_ids"]) if hidden is None else hidden
-        types, positions = inputs.get("token_type_ids"), inputs.get("position_ids")
+        types, positions = for_each_token(inputs, hidden), inputs.get("position_ids")
         uneven = any(layout.seen is not None for layout in layouts)
         if positions is None and uneven and self._needs_positions:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         for layout in layouts:
             hidden = layout.spread(layout.prompt, hidden)
-            types = None if types is None else layout.spread(types.new_zeros(len(types), layout.length), types)
+            for name, given in types.items():
+                types[name] = layout.spread(given.new_zeros(len(given), layout.length, *given.shape[2:]), given)
             positions = None if positions is None else layout.positions(positions)
-        new = {"inputs_embeds": hidden, "token_type_ids": types, "position_ids": positions}
-        return {"input_ids": None} | {name: value for name, value in new.items() if value is not None}
+        new = {"inputs_embeds": hidden} if positions is None else {"inputs_embeds": hidden, "position_ids": positions}
+        return {"input_ids": None, **types, **new}
 
     def _later_positions(self, inputs: dict[str, Any], layouts: Sequence[Layout], past: int) -> dict[str, Any]:
         """The positions of tokens behind prompts that are in the cache."""
@@ -365,31 +388,6 @@ class PromptSite(Site):
 def _parameters(module: nn.Module) -> tuple[str, ...]:
     """The names of what a module's forward takes."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _embeddings_module(stack: nn.Module) -> nn.Module | None:
-    """The module that makes embeddings, positions and all, of what a model is given; rotary positions come later."""
-    found = stack._modules.get("embeddings")
-    rotary = any("rotary" in name for name in stack._modules)
-    return None if rotary or isinstance(found, nn.Embedding) else found
-
-
-def _gives_sequence(model: nn.Module, anatomy: Anatomy, embeddings: nn.Module) -> bool:
-    """Whether an embeddings module gives (b, s, d) and nothing else, as far as a pass on the smallest input tells."""
-    watcher = Watcher()
-    with suppress(Exception):  # a model's own code, which may refuse such inputs by any; then nothing is known
-        watch(watcher, model, anatomy.blocks)
-    call = next((call for call in watcher.calls if call.module is embeddings and call.end), None)
-    if call is None:
-        return True
-    return None in call.outputs and watcher.alive[call.outputs[None]].dim() == 3
-
-
-def _no_sequence(model: nn.Module) -> AdapterError:
-    return AdapterError(
-        f"add_adapter: the embeddings module of {type(model).__name__} does not give a sequence of embeddings "
-        "(b, s, d) alone, so a prompt has no place; use LoRA or a bottleneck adapter."
-    )
 
 
 def _tokens_of(layouts: Sequence[Layout], states: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class SharedRows:
     def __init__(self, anatomy: Anatomy) -> None:
         blocks = anatomy.blocks
         # Where blocks are called more than once, one that is below an adapter may be above it too.
-        once = getattr(anatomy.base_model.config, "num_hidden_layers", 0) <= len(blocks)
+        once = anatomy.depth == len(blocks)
         self._blocks: dict[nn.Module, int] = {block.module: block.layer for block in blocks} if once else {}
         self._steps: dict[nn.Module, Position] = dict(_steps(blocks)) if once else {}
         self._handles: list[RemovableHandle] = []

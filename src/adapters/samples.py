@@ -85,7 +85,8 @@ class Sample:
     def spectrogram(self) -> Tensor:
         """(b, bins, t) as Whisper takes it, else (b, t, bins)."""
         bins = self.number("num_mel_bins input_feat_per_channel feature_projection_input_dim input_dim", "audio", 16)
-        frames = 2 * self.number("max_source_positions", "audio")
+        projected = self.number("feature_projection_input_dim", "audio")
+        frames = 0 if projected else 2 * self.number("max_source_positions", "audio")
         return self.zeros(bins, frames) if frames else self.zeros(64, bins)
 
     def series(self) -> Tensor:
@@ -127,7 +128,7 @@ class Sample:
         main: Any = getattr(self.model, "main_input_name", "input_ids")
         names += [main] if isinstance(main, str) else []
         names += ["decoder_input_ids"] if getattr(self.model.config, "is_encoder_decoder", False) else []
-        names += ["bbox"]
+        names += ["bbox", "visual_feats", "visual_pos"]
         sees = any("vision" in name for name, _ in self.configs)
         if sees and not any(_is_image_token(name) for _, config in self.configs for name in vars(config)):
             names += ["input_ids", "pixel_values"]
@@ -156,6 +157,8 @@ MAKERS: dict[str, Callable[[Sample], Any]] = {
     "past_time_features": lambda sample: sample.zeros(
         sample.series().shape[1], sample.number("num_time_features", default=1)
     ),
+    "visual_feats": lambda sample: sample.zeros(3, sample.number("visual_feat_dim", default=8)),
+    "visual_pos": lambda sample: sample.zeros(3, sample.number("visual_pos_dim", default=4)),
     "bbox": lambda sample: sample.zeros(LENGTH, 4, dtype=torch.long) + 1,
 }
 """What makes an input, by its name."""

@@ -20,13 +20,14 @@ from torch.utils.hooks import RemovableHandle
 from .composition import Block, Fuse, MultiTask, Route, Rows, Setup, Stack
 from .containers import child, child_dict, remove_child
 from .context import current, state
+from .convolutions import convolution_shape, image, matrix_of, patches, pixels
 from .errors import CompositionError, listing
 from .evaluation import evaluate
 from .grouping import Group, Groups
 from .quantised import dequantised, is_quantised
 from .signals import LinearSignal, Signal
 from .standing_in import StandIn
-from .topology import Anatomy, Linear, is_plain, linear_roles
+from .topology import Anatomy, Linear, linear_roles
 
 if TYPE_CHECKING:
     from .method import AdapterModule
@@ -292,7 +293,7 @@ class LinearSite(Site):
         """source: the stack of the map's input, if it is another than the map's own."""
         super().__init__(place, found.module)
         self.inputs, self.outputs, self.start = found.inputs, found.outputs, found.start
-        self.rows = found.rows
+        self.rows, self.convolves = found.rows, convolution_shape(found.module) is not None
         self.holder = place.part or place.outside.replace(".", "_")
         self.source = place.stack if source is None else source
         self._stand_in = StandIn(self)
@@ -302,8 +303,7 @@ class LinearSite(Site):
         """The projections of every attention and the two maps of every feed-forward block; then all other maps."""
         for block, found, role, source in linear_roles(anatomy):
             where = (-1, "", "") if block is None else (block.layer, block.stack, block.path)
-            place = Place(*where, found.path, role, found.part)
-            yield cls(place, found, source)
+            yield cls(Place(*where, found.path, role, found.part), found, source)
         yield from cls.find_outside(anatomy)
 
     @classmethod
@@ -311,8 +311,7 @@ class LinearSite(Site):
         """The maps outside of the base model; their adapters are registered there all the same."""
         for found in anatomy.outside:
             if found.module is not anatomy.output:
-                place = Place(-1, "", "", "", "other", outside=found.path)
-                yield cls(place, found)
+                yield cls(Place(-1, "", "", "", "other", outside=found.path), found)
 
     @property
     def root(self) -> tuple[str, nn.Module]:
@@ -330,9 +329,7 @@ class LinearSite(Site):
         """W (out, in): a view of the host's parameter; a copy of a quantised one, and of outputs that alternate."""
         if is_quantised(self.host):
             return dequantised(self.host)[self.rows]
-        weight: Tensor = self.host.weight  # type: ignore[assignment]
-        weight = weight if is_plain(self.host) else weight.T
-        return weight[self.rows]
+        return matrix_of(self.host)[self.rows]
 
     @property
     def stored(self) -> Tensor:
@@ -348,7 +345,7 @@ class LinearSite(Site):
     def write(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """Make these W and the bias."""
         host: Any = self.host
-        for own, value in ((host.weight if is_plain(host) else host.weight.T, weight), (host.bias, bias)):
+        for own, value in ((matrix_of(host), weight), (host.bias, bias)):
             if value is not None:
                 own[self.rows] = value.to(own.dtype)
 
@@ -363,9 +360,9 @@ class LinearSite(Site):
     def put(self, name: str, module: AdapterModule[Any]) -> None:
         """Take in an adapter; the first that has an input or a weight of its own for the map needs more than a hook."""
         super().put(name, module)
-        if module.changes_weight and not self.part:
-            self._stand_in.attach()
-        if module.transforms_input and not self.part and len(self._handles) == 1:
+        if not self.part and not self.place.outside:
+            self._stand_in.attach(module.changes_weight)
+        if module.transforms_input and not (self.part or self.convolves) and len(self._handles) == 1:
             self._handles.append(self.host.register_forward_pre_hook(self.on_input))
 
     def detach(self) -> None:
@@ -383,7 +380,7 @@ class LinearSite(Site):
         """What is sent through `plan`."""
         alone = isinstance(plan, str)
         owned = alone and not (torch.is_grad_enabled() or host.training)
-        transformed = alone and not self.part and self.adapters[str(plan)].transforms_input
+        transformed = alone and not (self.part or self.convolves) and self.adapters[str(plan)].transforms_input
         return LinearSignal(None, x, output, owned, transformed)
 
     def on_output(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -391,6 +388,9 @@ class LinearSite(Site):
         plan = self.plan()
         if plan is None or self._stand_in.acts(plan, args[0]):
             return None
+        if self.convolves:
+            signal = self.signal(plan, host, patches(host, args[0]), pixels(output))
+            return image(evaluate(plan, signal, self).output, output)
         if not self.part:
             return evaluate(plan, self.signal(plan, host, args[0], output), self).output
         own = output[..., self.rows]

@@ -15,10 +15,11 @@ from .context import Kept
 from .errors import AdapterError
 from .evaluation import evaluate
 from .interface import AdapterModelInterface
+from .recorded import recorded_sublayers
 from .signals import Signal, SublayerSignal
 from .sites import Place, Site
 from .topology import Anatomy, Block
-from .trace import Sublayer, trace_sublayers
+from .trace import Sublayer
 
 S = TypeVar("S", bound=Signal)
 
@@ -50,7 +51,7 @@ class SublayerSite(Site):
         """The sub-layers that a traced pass finds; where none could be traced, those that the user describes."""
         interface = anatomy.interface
         try:
-            found = trace_sublayers(anatomy.base_model, anatomy.blocks)
+            found = recorded_sublayers(anatomy.base_model, anatomy.blocks)
         except AdapterError:
             if interface is None:
                 raise

@@ -22,6 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from .containers import AdapterDict
+from .convolutions import convolution_shape
 from .interface import AdapterModelInterface
 from .interfaces import SWAPPED_FEED_FORWARD
 
@@ -141,6 +142,12 @@ class Anatomy:
         ]
 
     @property
+    def depth(self) -> int:
+        """The number of layers, counted as often as they are called where they share their weights."""
+        declared = getattr(self.base_model.config, "num_hidden_layers", 0)
+        return max(len(self.blocks), declared if isinstance(declared, int) else 0)  # LXMERT's is a dict
+
+    @property
     def crosses(self) -> bool:
         """Whether any block attends to another stack."""
         return any(core.role == "cross_attention" for block in self.blocks for core in block.cores)
@@ -226,19 +233,15 @@ def outside_maps(model: Any) -> tuple[Linear, ...]:
 
 
 def linear_maps(model: nn.Module, path: str = "") -> Iterator[Linear]:
-    """Every linear map of a model but those of adapters, and those that nobody calls (torch's own attention)."""
+    """Every linear map and convolution of a model but those of adapters, and those that nobody calls (torch's own)."""
     for name, module in model.named_children():
         below = f"{path}.{name}" if path else name
         shape = None if isinstance(module, NonDynamicallyQuantizableLinear) else linear_shape(module)
+        shape = shape or convolution_shape(module)
         if shape is not None:
             yield Linear(below, module, *shape)
         if not isinstance(module, AdapterDict):
             yield from linear_maps(module, below)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a linear map keeps its weight as (outputs, inputs); GPT-2's keeps it the other way round."""
-    return hasattr(module, "in_features")
 
 
 def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -147,10 +147,10 @@ class Watcher(TorchFunctionMode):
         first, second = args[0], args[1] if len(args) > 1 else None
         if name in ADDS and isinstance(second, Tensor) and first.shape == second.shape:
             self.adds.append(Add(self.tick(), (self.note(first), self.note(second)), self.note(result)))
-        elif name in PASS_THROUGH and result is not first and result.numel() == first.numel():
-            kept = second if isinstance(second, Tensor) and second.dim() > first.dim() else first
-            if not (isinstance(second, Tensor) and second.dim() == first.dim() and second.numel() == first.numel()):
-                self.sources[self.note(result)] = self.note(kept)
+        elif name in PASS_THROUGH and result is not first:
+            whole = [term for term in (first, second) if isinstance(term, Tensor) and term.numel() == result.numel()]
+            if whole and len({term.dim() for term in whole}) == len(whole):  # else it is a product of two states
+                self.sources[self.note(result)] = self.note(max(whole, key=Tensor.dim))
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called."""
@@ -194,7 +194,8 @@ def trace_sublayers(base_model: nn.Module, blocks: list[Block]) -> dict[str, dic
             watch(watcher, part, missing)
         except Exception as error:
             reason = reason or error
-        found |= {block.path: _of_block(watcher, block) for block in missing if _call_of(watcher, block)}
+        modules = {block.module for block in missing}
+        found |= {block.path: _of_block(watcher, block, modules) for block in missing if _call_of(watcher, block)}
     if reason is not None and not found:
         raise AdapterError(
             f"add_adapter: where the sub-layers of {type(base_model).__name__} begin and end could not be read, since "
@@ -216,10 +217,17 @@ def _call_of(watcher: Watcher, block: Block) -> Call | None:
     return next((call for call in watcher.calls if call.module is block.module and call.end), None)
 
 
-def _of_block(watcher: Watcher, block: Block) -> dict[str, Sublayer]:
-    """The sub-layers by role; in a block without attention what comes first, and is not all, stands in its place."""
+def _of_block(watcher: Watcher, block: Block, blocks: Collection[nn.Module]) -> dict[str, Sublayer]:
+    """The sub-layers by role; in a block without attention what comes first, and is not all, stands in its place.
+
+    Where the block adds nothing itself, those between its call and that of the next of `blocks`.
+    """
     whole = _call_of(watcher, block)
     found = [] if whole is None else list(_sublayers(watcher, block, whole))
+    if whole is not None and not found:
+        following = (call.start for call in watcher.calls if call.start > whole.end and call.module in blocks)
+        around = replace(whole, start=whole.start - 1, end=next(following, watcher.tick()))
+        found = list(_sublayers(watcher, block, around))
     if not block.cores and len(found) > 1:
         found[0] = "self_attention", found[0][1]
     return dict(found)
@@ -295,7 +303,8 @@ def _is_norm(module: nn.Module) -> bool:
 def _sublayers(watcher: Watcher, block: Block, whole: Call) -> Iterator[tuple[str, Sublayer]]:
     inside = [call for call in watcher.calls if whole.start < call.start and call.end and call.end < whole.end]
     produced = _producers(inside)
-    roles = {core.projections["q"].module: core.role for core in block.cores}
+    roles = {core.module: core.role for core in block.cores}  # of one whose query is not called
+    roles |= {core.projections["q"].module: core.role for core in block.cores}
     sums: Sums = {}
     stream: dict[int, int] = {}
     for add in watcher.adds:

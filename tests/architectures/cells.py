@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from inputs import inputs_for
+from meaning import facts_of, lacking
 from models import generating_class, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,6 +27,11 @@ METHODS: dict[str, AdapterConfig] = {
     "prefix_tuning": AdapterConfig.load("prefix_tuning_flat[prefix_length=3]"),
     "prompt_tuning": AdapterConfig.load("prompt_tuning[prompt_length=3]"),
 }
+EVERYWHERE: dict[str, AdapterConfig] = {
+    "lora": LoRAConfig(r=2, alpha=4, target_modules=".*"),
+    "ia3": AdapterConfig.load("ia3[target_modules='.*']"),
+}
+"""What stands for a method whose default names the attention's maps, on models that do not attend: all maps."""
 
 
 class Broken(AssertionError):
@@ -32,21 +39,56 @@ class Broken(AssertionError):
 
 
 @dataclass
-class Case:
-    """A type with a method: the model as it was, and one with the adapter."""
+class Bare:
+    """The model of a type without adapters, and what it can do by itself."""
 
     plain: PreTrainedModel
     batch: dict[str, Any]
+    abilities: dict[str, bool] = field(default_factory=dict)
+
+    @functools.cached_property
+    def wanted(self) -> list[Tensor]:
+        """The outputs."""
+        return outputs(self.plain, self.batch)
+
+    @functools.cached_property
+    def facts(self) -> set[str]:
+        """See ``meaning.py``."""
+        return facts_of(self.plain, self.batch)
+
+    def can(self, check: str) -> bool:
+        """Whether it can do by itself what a check asks for: else the check says nothing about adapters."""
+        if check not in self.abilities:
+            ability = ABILITIES.get(check)
+            self.abilities[check] = ability is None or _passes(functools.partial(ability, self))
+        return self.abilities[check]
+
+
+@dataclass
+class Case:
+    """A type with a method: the bare model, and one with the adapter."""
+
+    bare: Bare
     method: str
     model: Any = field(init=False)
 
     def __post_init__(self) -> None:
+        self.plain, self.batch, self.wanted = self.bare.plain, self.bare.batch, self.bare.wanted
         self.model = with_adapters(self.plain)
 
-    @functools.cached_property
-    def wanted(self) -> list[Tensor]:
-        """The outputs of the model as it was."""
-        return outputs(self.plain, self.batch)
+    @property
+    def config(self) -> AdapterConfig:
+        """The method's, for this model."""
+        everywhere = {} if "attention" in self.bare.facts else EVERYWHERE
+        return everywhere.get(self.method, METHODS[self.method])
+
+
+def _passes(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except Exception:  # whatever a model's own code says
+        return False
+    return True
 
 
 def with_adapters(plain: PreTrainedModel) -> Any:
@@ -111,7 +153,7 @@ def nothing_changes(case: Case) -> None:
 
 def adding(case: Case) -> None:
     """An adapter can be added."""
-    case.model.add_adapter("a", METHODS[case.method])
+    case.model.add_adapter("a", case.config)
 
 
 def acting(case: Case) -> None:
@@ -151,7 +193,12 @@ def learning(case: Case) -> None:
 def loss(model: Any, batch: dict[str, Any]) -> Tensor:
     """A number that every output has a part in."""
     torch.manual_seed(5)
-    found = [one for one in tensors(model(**copy.deepcopy(batch))) if one.requires_grad]
+    cached = "use_cache" in inspect.signature(type(model).forward).parameters
+    found = [
+        one
+        for one in tensors(model(**copy.deepcopy(batch), **({"use_cache": False} if cached else {})))
+        if one.requires_grad
+    ]
     require(len(found) > 0, "no output depends on it")
     generator = torch.Generator().manual_seed(7)
     parts = [(one.float().nan_to_num() * torch.randn(one.shape, generator=generator)).mean() for one in found]
@@ -186,7 +233,7 @@ def close(found: list[Tensor], wanted: list[Tensor], what: str, tolerance: float
 
 def parallel(case: Case) -> None:
     """Parallel gives what single runs give, one below the other."""
-    case.model.add_adapter("b", METHODS[case.method])
+    case.model.add_adapter("b", case.config)
     disturb(case.model, "b", seed=4)
     single = [active(case.model, case.batch, name) for name in "ab"]
     found = active(case.model, case.batch, Parallel("a", "b"))
@@ -196,21 +243,25 @@ def parallel(case: Case) -> None:
 
 def checkpointing(case: Case) -> None:
     """Gradient checkpointing changes no gradient."""
-    if not case.model.supports_gradient_checkpointing:
-        return
-    gradients = []
-    for again in (False, True):
-        model = copy.deepcopy(case.model)
-        model.train_adapter("a")
-        if again:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        loss(model.train(), case.batch).backward()
-        gradients.append([p.grad for p in own_parameters(model, "a") if p.grad is not None])
+    gradients = [gradients_of(case.model, case.batch, "a", again) for again in (False, True)]
     close(gradients[1], gradients[0], "gradient checkpointing changes gradients")
 
 
+def gradients_of(model: Any, batch: dict[str, Any], name: str, again: bool) -> list[Tensor]:
+    """Of an adapter's parameters, or with "" of all, in training; again: with gradient checkpointing."""
+    model = copy.deepcopy(model).train()
+    own = list(model.parameters())
+    if name:
+        model.train_adapter(name)
+        own = own_parameters(model, name)
+    if again:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss(model, batch).backward()
+    return [p.grad for p in own if p.grad is not None]
+
+
 def halved(case: Case) -> None:
-    """In bfloat16 it runs, and is near."""
+    """In bfloat16 it runs and acts."""
     model = copy.deepcopy(case.model).to(torch.bfloat16)
     batch = {name: to_half(value) for name, value in case.batch.items()}
     found = active(model, batch, "a")
@@ -225,18 +276,27 @@ def to_half(value: Any) -> Any:
 
 def generating(case: Case) -> None:
     """``generate`` gives with a cache what it gives without."""
-    cls = generating_class(case.plain.config)
-    if cls is None:
-        return
-    torch.manual_seed(0)
-    config = copy.deepcopy(case.plain.config)
-    model = cls(config).eval()
+    model = generator_of(case.plain)
     adapters.init(model)
-    model.add_adapter("a", METHODS[case.method], set_active=True)
+    model.add_adapter("a", case.config, set_active=True)
     disturb(model, "a")
-    tokens = case.batch["input_ids"]
+    same_texts(model, case.batch)
+
+
+def generator_of(plain: PreTrainedModel) -> Any:
+    """The model of a type that writes texts."""
+    torch.manual_seed(0)
+    cls = generating_class(plain.config)
+    require(cls is not None, "no model of this type writes texts")
+    return cls(copy.deepcopy(plain.config)).eval()
+
+
+def same_texts(model: Any, batch: dict[str, Any]) -> None:
+    """With and without a cache."""
     arguments = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4, "pad_token_id": 0}
-    found = [model.generate(tokens, use_cache=cached, **arguments) for cached in (True, False)]
+    arguments |= {"eos_token_id": None}
+    given = {name: value for name, value in batch.items() if name != "decoder_input_ids"}
+    found = [model.generate(**copy.deepcopy(given), use_cache=cached, **arguments) for cached in (True, False)]
     require(torch.equal(*found), "generate with a cache is not what it is without")
 
 
@@ -253,24 +313,95 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
 )
 
 
-def run_cell(plain: PreTrainedModel, batch: dict[str, Any], method: str, checks: int = len(CHECKS)) -> tuple[str, str]:
-    """("works" | "refused" | "fails", why)."""
-    check = CHECKS[0]
+def _learns(bare: Bare) -> None:
+    loss(copy.deepcopy(bare.plain).requires_grad_(True), bare.batch).backward()
+
+
+def _is_one_for_each_row(bare: Bare) -> None:
+    """Twice the rows give twice the output."""
+    tensor_rows = {
+        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() > 1 else value
+        for name, value in bare.batch.items()
+    }
+    wanted = [torch.cat([one, one]) for one in bare.wanted if one.dim()]
+    close([one for one in outputs(bare.plain, tensor_rows) if one.dim()], wanted, "rows are not apart")
+
+
+def _checkpoints(bare: Bare) -> None:
+    require(bare.plain.supports_gradient_checkpointing, "it has no gradient checkpointing")
+    model = copy.deepcopy(bare.plain).requires_grad_(True)
+    close(*(gradients_of(model, bare.batch, "", again) for again in (True, False)), "other gradients")
+
+
+def _generates(bare: Bare) -> None:
+    same_texts(generator_of(bare.plain), bare.batch)
+
+
+def _halves(bare: Bare) -> None:
+    model = copy.deepcopy(bare.plain).to(torch.bfloat16)
+    found = outputs(model, {name: to_half(value) for name, value in bare.batch.items()})
+    require(all(torch.isfinite(one).all() for one in found), "not finite")
+
+
+ABILITIES: dict[str, Callable[[Bare], None]] = {
+    "learning": _learns,
+    "parallel": _is_one_for_each_row,
+    "checkpointing": _checkpoints,
+    "generating": _generates,
+    "halved": _halves,
+}
+"""What a bare model has to do for a check to be about adapters: two rows are apart, gradients come at all, …"""
+
+
+def run_cell(bare: Bare, method: str, checks: int = len(CHECKS)) -> tuple[str, str]:
+    """("works" | "refused" | "fails" | "no meaning", why).
+
+    A check that the bare model cannot pass by itself is left out, and named in ``why``.
+    """
+    check, left_out, case = CHECKS[0], [], None
     try:
-        case = Case(plain, batch, method)
+        case = Case(bare, method)
         for check in CHECKS[:checks]:
-            check(case)
-    except Broken as error:
-        return "fails", f"{check.__name__}: {error}"
+            try:
+                check(case)
+            except Exception:
+                if bare.can(check.__name__):
+                    raise
+                left_out.append(check.__name__)
+                case.model.set_active_adapters(None)
     except Exception as error:
-        kind = "refused" if isinstance(error, AdapterError) and check is adding else "fails"
-        return kind, str(error) if kind == "refused" else f"{check.__name__}: {type(error).__name__}: {error}"
-    return "works", ""
+        return verdict(bare, method, check, error, case)
+    return "works", " ".join(left_out)
+
+
+def verdict(
+    bare: Bare, method: str, check: Callable[[Case], None], error: Exception, case: Case | None
+) -> tuple[str, str]:
+    """What an error in a check makes of the cell."""
+    if isinstance(error, AdapterError) and check is adding:
+        why = lacking(method, bare.facts)
+        return ("no meaning", why) if why else ("refused", str(error))
+    if check is acting and isinstance(error, Broken) and is_unused(bare, case):
+        return "no meaning", "on this machine its output does not depend on the weights that the method changes"
+    name = "" if isinstance(error, Broken) else f"{type(error).__name__}: "
+    return "fails", f"{check.__name__}: {name}{error}"
+
+
+def is_unused(bare: Bare, case: Case) -> bool:
+    """Whether the bare model calls the places where the adapter sits, but gives the same with other weights there."""
+    model, called = copy.deepcopy(bare.plain), []
+    with torch.no_grad():
+        for site, _ in case.model.adapter_sites.holding("a"):
+            host = model.base_model.get_submodule(site.host_path)
+            host.register_forward_hook(lambda module, args, output: called.append(module))
+            for parameter in host.parameters():
+                parameter.add_(1.0)
+    return same(outputs(model, bare.batch), bare.wanted) and len(called) > 0
 
 
 def run_type(model_type: str, methods: tuple[str, ...], checks: int = len(CHECKS)) -> dict[str, tuple[str, str]]:
     """The row of a type."""
     plain = tiny_model(model_type)
-    batch = inputs_for(plain)
-    outputs(plain, batch)
-    return {method: run_cell(plain, batch, method, checks) for method in methods}
+    bare = Bare(plain, inputs_for(plain))
+    require(len(bare.wanted) > 0, "the bare model gives nothing")
+    return {method: run_cell(bare, method, checks) for method in methods}

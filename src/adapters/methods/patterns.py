@@ -15,7 +15,7 @@ from ..errors import AdapterError, listing
 from ..sites import Site
 
 ALL_LINEAR = "all-linear"
-"""The value of ``target_modules`` for every linear map but those of the model's head."""
+"""The value of ``target_modules`` for every linear map but those of the model's head; convolutions are none."""
 
 
 def check_pattern(config: AdapterConfig, name: str, wanted: str, allowed: Callable[[Any], bool]) -> None:
@@ -58,7 +58,7 @@ def is_target(targets: str | list[str], site: Site) -> bool:
     if site.part:
         return False
     if targets == ALL_LINEAR:
-        return site.kind == "linear" and not site.place.outside
+        return site.kind == "linear" and not site.place.outside and site.reference.dim() < 3
     path: str = site.module_path
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None

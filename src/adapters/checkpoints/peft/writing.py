@@ -8,12 +8,12 @@ from transformers.models.auto import modeling_auto
 
 from ...configuration import AdapterConfig, ConfigUnion
 from ...containers import AdapterDict
+from ...convolutions import is_plain
 from ...errors import CheckpointError
 from ...method import methods_of
 from ...methods.trainable_tokens import TrainableTokensConfig
 from ...prompts import PromptSite
 from ...sites import LinearSite
-from ...topology import is_plain
 from .. import files, heads, weights
 from ..files import Content
 from .draft import Draft, Options, Tensors, shortest
