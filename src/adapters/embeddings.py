@@ -52,6 +52,8 @@ class EmbeddingAdaptersMixin:
 
     base_model: Any
     config: Any
+    words_are_loaded: bool = False
+    """Whether the map onto words of one of transformers' classes came with an adapter."""
 
     @property
     def active_embeddings(self) -> str:

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
-from .checkpoints.files import save_model
 from .checkpoints.heads import is_flexible
 from .composition import Setup, Stack, parse_composition
 from .containers import AdapterDict
@@ -22,6 +21,7 @@ from .errors import AdapterError, listing
 from .heads.convert import TASKS, read_head
 from .heads.dispatch import HeadPlan
 from .quantised import is_quantised
+from .saving import save_model
 
 if TYPE_CHECKING:
     from .heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharing
-from .checkpoints import adapterhub, files, setups
+from .checkpoints import adapterhub, setups
 from .checkpoints import fusion as fusion_files
 from .checkpoints import heads as head_files
 from .checkpoints.files import json_job
@@ -33,6 +33,7 @@ from .methods.fusion import DEFAULT_ADAPTERFUSION_CONFIG, AdapterFusionConfig
 from .methods.prefix_tuning import eject
 from .placement import check_fused, check_layers
 from .quantised import keep_differentiable
+from .saving import save_model
 from .sitemap import SiteMap
 from .summary import summary_rows, summary_table
 from .topology import outside_maps
@@ -510,7 +511,7 @@ class ModelAdaptersMixin(
         self.config.adapters = self.adapters_config.to_dict()
         try:
             with self.adapter_sites.merging(None):
-                files.save_model(save_directory, super().save_pretrained, **kwargs)
+                save_model(save_directory, super().save_pretrained, **kwargs)
         finally:
             del self.config.adapters
         if (interface := self.adapter_sites.anatomy.interface) is not None:

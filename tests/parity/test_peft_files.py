@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import config, disturb, inputs, plain
-from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification, BertForMaskedLM
 
 import adapters
 from adapters import AdapterError, LoRAConfig
+from adapters.checkpoints.peft.lora import OTHER_WEIGHTS
+from adapters.checkpoints.peft.table import form_of_type
 from adapters.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -200,6 +202,8 @@ LORA: dict[str, tuple[str, dict[str, Any]]] = {
     "gaussian": ("bert", QV | {"init_lora_weights": "gaussian"}),
     "orthogonal": ("bert", QV | {"r": 4, "init_lora_weights": "orthogonal"}),
     "modules_to_save": ("bert", QV | {"modules_to_save": ["classifier"], "task_type": None}),
+    "map_onto_words": ("llama", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"], **LM}),
+    "bias_all_gpt2": ("gpt2", {"bias": "all", "target_modules": ["c_proj"], "fan_in_fan_out": True, **LM}),
     "prefix_free": ("bert", {"r": 3, "target_modules": ["query"], "task_type": "FEATURE_EXTRACTION"}),
 }
 
@@ -215,8 +219,7 @@ def test_every_option_of_lora_goes_in_and_out(name: str, tmp_path) -> None:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model = check(theirs.eval(), architecture, tmp_path / "in", task=own)
-    if not name.startswith("bias"):  # which PEFT cannot switch off
-        check_back(model, architecture, own, tmp_path / "out")
+    check_back(model, architecture, own, tmp_path / "out")
 
 
 # --- from a live model ------------------------------------------------------------------------------------------------
@@ -324,7 +327,8 @@ def saved(folder: Any, **changes: Any) -> Any:
     ("changes", "message"),
     [
         ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] cannot be mapped"),
-        ({"use_qalora": True}, "use_qalora=True cannot be mapped"),
+        *(({name: True}, f"{name}=True cannot be mapped") for name in form_of_type("", "LORA").unused),
+        *(({"init_lora_weights": start}, f"init_lora_weights='{start}' cannot be mapped") for start in OTHER_WEIGHTS),
         ({"init_lora_weights": "loftq"}, r"init_lora_weights='loftq' cannot be mapped.*path_initial_model"),
         ({"peft_type": "ADAPTION_PROMPT"}, "peft_type='ADAPTION_PROMPT' has no counterpart here"),
         ({"peft_type": "C3A"}, "peft_type='C3A' has no counterpart here"),
@@ -424,6 +428,19 @@ def test_maps_that_peft_does_not_take_are_refused(config: str, message: str, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_biases_beside_another_method_are_refused(tmp_path) -> None:
+    norms = adapters.BitFitConfig(attention=False, intermediate=False, output=False)
+    added = adapters.BitFitConfig(attention=False, missing_too=True)
+    for architecture, one, other, message in (
+        ("bert", adapters.IA3Config(), norms, "PEFT trains biases beside LoRA, not beside IA3"),
+        ("llama", adapters.LoRAConfig(), added, "missing_too=True cannot be mapped"),
+    ):
+        (model := ours(architecture, None)).add_adapter("x", adapters.ConfigUnion(one, other))
+        with pytest.raises(CheckpointError, match=message):
+            model.save_adapter(tmp_path, "x", format="peft")
+    assert not list(tmp_path.iterdir())
+
+
 def test_formats_have_names(tmp_path) -> None:
     model = ours("bert", "SEQ_CLS")
     model.add_adapter("x", "lora")
@@ -448,6 +465,13 @@ OWN: dict[str, tuple[str, str | None, Any]] = {
     "p_tuning": ("gpt2", "CAUSAL_LM", adapters.PTuningConfig(prompt_length=3, encoder_hidden_size=6)),
     "prefix": ("llama", "CAUSAL_LM", adapters.PrefixTuningConfig(prefix_length=3, shift_positions=True)),
     "adalora": ("bert", "SEQ_CLS", adapters.AdaLoRAConfig(init_r=3, target_r=2)),
+    "biases": (
+        "gpt2",
+        "CAUSAL_LM",
+        adapters.ConfigUnion(
+            LoRAConfig(attn_matrices=["q"]), adapters.BitFitConfig(attn_matrices=["v", "o"], leave_out=[1])
+        ),
+    ),
 }
 
 
@@ -458,6 +482,35 @@ def test_ours_are_loaded_by_peft(name: str, tmp_path) -> None:
     model.add_adapter("x", configuration, set_active=True)
     disturb(model, "x")
     check_back(model, architecture, task, tmp_path)
+
+
+def test_a_trained_map_onto_words_is_written(tmp_path) -> None:
+    model = ours("llama", "CAUSAL_LM")
+    model.add_adapter("x", "lora")
+    model.train_adapter("x")
+    model.save_adapter(tmp_path / "frozen", "x", format="peft")
+    assert json.loads((tmp_path / "frozen/adapter_config.json").read_text()).get("modules_to_save") is None
+    model.freeze_embeddings(False)
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight))
+    check_back(model.eval(), "llama", "CAUSAL_LM", tmp_path / "trained")
+
+
+@pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")
+def test_a_named_head_of_words_is_written_whole(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = adapters.AutoAdapterModel.from_config(config("bert")).eval()
+    model.add_adapter("x", "lora", set_active=True)
+    model.add_masked_lm_head("x")
+    disturb(model, "x")
+    model.save_adapter(tmp_path / "adapter", "x", format="peft")
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("heads.")}
+    plain_model = BertForMaskedLM(config("bert")).eval()
+    plain_model.load_state_dict(
+        {key: each for key, each in state.items() if "adapters" not in key and "loras" not in key}, strict=False
+    )
+    theirs = peft.PeftModel.from_pretrained(plain_model, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(theirs, "bert"), logits(model, "bert"), rtol=1e-5, atol=1e-5)
 
 
 def test_all_adapters_are_written_for_peft(tmp_path) -> None:

@@ -2,15 +2,12 @@
 
 import json
 import os
-import re
-import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, TypeGuard
 
 import torch
@@ -48,8 +45,6 @@ FUSION = Kind(
     "pytorch_model_adapter_fusion.bin",
 )
 SETUP_FILE = "adapter_setup.json"
-OF_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-"""Files with the weights of a whole model."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ def write_tree(
     Raises:
         CheckpointError: A config is not JSON, a name is no name of a folder, or the directory cannot be written to.
     """
-    root, stale = _root(directory), set[str]()
+    root, stale = root_of(directory), set[str]()
 
     def jobs() -> Iterator[tuple[str, Job]]:
         for name, contents in folders:
@@ -115,45 +110,12 @@ def write_tree(
         for name, job in (more or {}).items():
             yield _place(root, root / name), job
 
-    with _or_told(root):
+    with or_told(root):
         atomic.write_all(root, jobs(), stale)
 
 
-def save_model(directory: str | os.PathLike[str], save: Callable[..., None], **options: Any) -> None:
-    """Has ``save_pretrained`` of transformers write a whole model into a directory: all files or none.
-
-    Args:
-        save: Takes the folder, and `options`.
-
-    Raises:
-        CheckpointError: The directory cannot be written to.
-    """
-    root = _root(directory)
-    if options.get("distributed_checkpoint"):  # several processes write into one folder
-        save(directory, **options)
-        return
-    if options.get("push_to_hub"):
-        options.setdefault("repo_id", root.name)
-    atomic.finish_around(root)
-    is_new, stage = not root.exists(), atomic.beside(root / "model", token_hex(4))
-    with _or_told(root):
-        try:
-            stage.mkdir(parents=True)
-            save(stage, **options)
-            places = [file.relative_to(stage).as_posix() for file in sorted(stage.rglob("*")) if file.is_file()]
-            stale = {file.name for file in root.iterdir() if OF_MODEL.fullmatch(file.name)}
-            jobs = [(place, partial(os.replace, stage / place)) for place in places]
-            atomic.write_all(root, jobs, stale if any(map(OF_MODEL.fullmatch, places)) else ())
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-            atomic.remove_abandoned(root / "model")
-            if is_new:
-                with suppress(OSError):  # it is not empty, as it should be
-                    root.rmdir()
-
-
 @contextmanager
-def _or_told(root: Path) -> Iterator[None]:
+def or_told(root: Path) -> Iterator[None]:
     """Tells what the disk, or what writes to it, has against the block."""
     try:
         yield
@@ -216,7 +178,12 @@ def subfolder(directory: str | os.PathLike[str], name: str) -> Path:
     return Path(directory) / name
 
 
-def _root(directory: str | os.PathLike[str]) -> Path:
+def root_of(directory: str | os.PathLike[str]) -> Path:
+    """The path of a directory to write into.
+
+    Raises:
+        CheckpointError: It is a file, or empty.
+    """
     if not os.fspath(directory):
         raise CheckpointError("saving to '': an empty path names no directory; '.' is the current one.")
     root = Path(directory)

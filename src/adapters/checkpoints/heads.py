@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..bounds import bounded
 from ..errors import AdapterError, CheckpointError, UnknownAdapterError, suggestion
 from . import files, weights
 from .files import HEAD, Content, Weights
@@ -246,7 +247,8 @@ def place_head(
         CheckpointError: The tensors do not fit.
     """
     if is_flexible(model) and head.name is not None:
-        _add(model, head.name, head.config or {}, undo)
+        with bounded(asked, head.config, head.weights):
+            _add(model, head.name, head.config or {}, undo)
         if set_active:
             model.active_head = head.name
     elif labels := head.file.get("label2id"):
@@ -259,9 +261,17 @@ def place_head(
     before = {key: slots[key][0].detach().clone() for key in own}
     undo.callback(weights.fill, slots, before)
     weights.fill(slots, own)
+    undo.callback(setattr, model, "words_are_loaded", model.words_are_loaded)
+    model.words_are_loaded |= not words_of(model).isdisjoint(id(slots[key][0]) for key in own)
     _warn_of_other_embeddings(slots, {key: fit.matched[key] for key in tied & fit.matched.keys()}, asked)
     missing = [key for key in fit.missing if key not in tied]
     weights.report(weights.Fit(fit.matched, missing, fit.unexpected), asked, loading_info)
+
+
+def words_of(model: "ModelAdaptersMixin") -> set[int]:
+    """The identities of the parameters of the map onto words."""
+    words = model.get_output_embeddings()
+    return set() if words is None else {id(parameter) for parameter in words.parameters()}
 
 
 def _add(model: "ModelWithFlexibleHeadsAdaptersMixin", name: str, config: Mapping[str, Any], undo: ExitStack) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..bounds import bounded
 from ..composition import Fuse
 from ..configuration import AdapterConfig
 from ..errors import CheckpointError
@@ -51,10 +52,6 @@ class Bearer(ABC, Generic[C]):
     def slots(self, name: str) -> Slots:
         """Its tensors."""
 
-    @abstractmethod
-    def check_successor(self, name: str, successor: str) -> None:
-        """Refuses to overwrite one by another."""
-
 
 class Adapters(Bearer[AdapterConfig]):
     """The adapters of a model."""
@@ -72,7 +69,7 @@ class Adapters(Bearer[AdapterConfig]):
         try:
             with filled_later() if filled else nullcontext():
                 self.model.add_adapter(name, config=config)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, OverflowError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
                 f"load_adapter({name!r}): it cannot be made as its config says: {reason}. Check the sizes in the file."
@@ -85,14 +82,6 @@ class Adapters(Bearer[AdapterConfig]):
     def slots(self, name: str) -> Slots:
         """The tensors of an adapter."""
         return adapter_slots(self.model, name)
-
-    def check_successor(self, name: str, successor: str) -> None:
-        """Of a fused adapter the successor has to sit at the same places.
-
-        Raises:
-            AdapterError: It does not.
-        """
-        check_fused(self.model.adapter_sites, self.model.adapters_config, name, successor)
 
 
 class Fusions(Bearer[tuple[AdapterConfig, list[str]]]):
@@ -114,9 +103,6 @@ class Fusions(Bearer[tuple[AdapterConfig, list[str]]]):
     def slots(self, name: str) -> Slots:
         """The tensors of a fusion."""
         return fusion_slots(self.model, name)
-
-    def check_successor(self, name: str, successor: str) -> None:
-        """Nothing depends on a fusion."""
 
 
 @contextmanager
@@ -173,24 +159,25 @@ def place(
     def fit(slots: Slots) -> Fit:
         return compare(slots, saved.weights, known, own, asked, about)
 
-    active_again = remembered_activation(model)
+    active_again, add = remembered_activation(model), _adding(bearer, saved, asked)
     if present is not None:
         logger.warning("%s: overwriting %r.", asked, name)
     if present is not None and present != saved.config:
-        with _rehearsed(bearer, saved.config) as slots:
+        with _rehearsed(bearer, add) as slots:
             fit(renamed(slots, REHEARSAL, name))
-            bearer.check_successor(name, REHEARSAL)
+            if isinstance(bearer, Adapters):
+                check_fused(model.adapter_sites, model.adapters_config, name, REHEARSAL)
         undo.callback(_reinstate, bearer, name, present, _snapshot(bearer.slots(name)))
         bearer.delete(name)
     if present != saved.config:
-        bearer.add(name, saved.config)
+        add(name)
     if present is None:
         undo.callback(bearer.delete, name)
     slots = bearer.slots(name)
     found = fit(slots)
     if found.missing and present != saved.config:  # which need start values
         bearer.delete(name)
-        bearer.add(name, saved.config, filled=False)
+        add(name, filled=False)
         slots = bearer.slots(name)
     if present == saved.config:
         undo.callback(_restore, slots, _snapshot(slots))
@@ -200,10 +187,20 @@ def place(
     report(found, asked, loading_info, complete)
 
 
+def _adding(bearer: Bearer[C], saved: Saved[C], asked: str) -> Callable[..., None]:
+    """What makes one as its config says, under a name, if its weights may be of such a size."""
+
+    def add(name: str, filled: bool = True) -> None:
+        with bounded(asked, saved.file, saved.weights):
+            bearer.add(name, saved.config, filled)
+
+    return add
+
+
 @contextmanager
-def _rehearsed(bearer: Bearer[C], config: C) -> Iterator[Slots]:
+def _rehearsed(bearer: Bearer[Any], add: Callable[[str], None]) -> Iterator[Slots]:
     """The tensors of one that is there for the time of the block."""
-    bearer.add(REHEARSAL, config)
+    add(REHEARSAL)
     try:
         yield bearer.slots(REHEARSAL)
     finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...bounds import bounded
 from ...configuration import AdapterConfig, ConfigUnion
 from ...errors import CheckpointError
 from ...method import methods_of
@@ -73,7 +74,8 @@ def read(
     if not parts.sites and not parts.shared:
         raise CheckpointError(f"{asked}: the file has no tensors of {form.peft_type}, but {some(own)}. Save it again.")
     try:
-        form.read(draft)
+        with bounded(asked, options, tensors):
+            form.read(draft)
         members = [(draft, form.config), *_biases(draft, parts.rest), *_tokens(draft, parts.rest)]
         _check_embeddings(draft, parts.rest)
         configs = [kind(**member.fields) for member, kind in members]

@@ -11,6 +11,7 @@ from ...containers import AdapterDict
 from ...convolutions import is_plain
 from ...errors import CheckpointError
 from ...method import methods_of
+from ...methods.bitfit import BiasChange, BitFitConfig
 from ...methods.trainable_tokens import TrainableTokensConfig
 from ...prompts import PromptSite
 from ...sites import LinearSite
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ...heads.model_mixin import ModelWithFlexibleHeadsAdaptersMixin
     from ...model import ModelAdaptersMixin
 
+BESIDE = (BitFitConfig, TrainableTokensConfig)
+"""What PEFT has as an option of another method."""
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which PEFT expects the head in the file."""
 TURNED = ("ADALORA", "BOFT", "FOURIERFT", "HIRA", "IA3", "LORA", "OFT", "RANDLORA", "SHIRA", "VERA")
@@ -48,7 +51,7 @@ def contents_of(
     """
     asked = f"save_adapter({name!r}, format='peft')"
     members = list(config.configs) if isinstance(config, ConfigUnion) else [config]
-    beside = [member for member in members if len(members) > 1 and isinstance(member, TrainableTokensConfig)]
+    beside = [member for member in members if len(members) > 1 and isinstance(member, BESIDE)]
     main = [member for member in members if member not in beside]
     if len(main) != 1:
         raise CheckpointError(
@@ -60,6 +63,9 @@ def contents_of(
     form, draft = _written(model, name, main[0], asked, headed)
     tensors = dict(_keys(draft, form))
     for member in beside:
+        if isinstance(member, BitFitConfig):
+            tensors |= _biases(draft, form)
+            continue
         own_form, own = _written(model, name, member, asked, headed)
         draft.options["trainable_token_indices"] = own.options["token_indices"]
         ends = {key.removesuffix(".trainable_tokens_delta"): tensor for key, tensor in _keys(own, own_form)}
@@ -104,6 +110,25 @@ def _written(
                 "does not take. Save it in the native format."
             )
     return form, draft
+
+
+def _biases(draft: Draft, form: Form) -> Tensors:
+    """The biases that are trained beside a LoRA, whole ones, by PEFT's keys."""
+    draft.options["bias"] = "all"
+    if form.peft_type != "LORA":
+        raise draft.refusal("bias", f"PEFT trains biases beside LoRA, not beside {form.peft_type}. Save them alone")
+    adapted = {site.host for site in draft.parts}
+    found: Tensors = {}
+    for site, module in draft.model.adapter_sites.holding(draft.name):
+        if not isinstance(module, BiasChange):
+            continue
+        if site.bias is None:
+            draft.fields["missing_too"] = True
+            raise draft.refusal("missing_too", f"{site.host_path} has no bias, and PEFT adds none. Save it here")
+        key = f"base_model.model.{draft.path(site)}.{'base_layer.' if site.host in adapted else ''}bias"
+        whole = found.setdefault(key, weights.copied(site.host.get_parameter("bias")))
+        whole[site.rows if isinstance(site, LinearSite) else slice(None)] += weights.copied(module.bias).to(whole)
+    return found
 
 
 def _copies(module: "nn.Module") -> Tensors:
@@ -174,21 +199,27 @@ def _class_of(model: "ModelAdaptersMixin", name: str) -> str:
 
 
 def _head(model: "ModelAdaptersMixin", name: str, model_class: str, asked: str) -> Tensors:
-    """The tensors of the head in its class, but for the map onto words, which is not trained with an adapter."""
+    """The tensors of the head in its class; those of the map onto words if they are trained or were loaded."""
     if heads.is_flexible(model):
         return _named_head(model, name, model_class, asked) if name in model.heads else {}
-    content = heads.content(model, None)
-    words = model.get_output_embeddings()
-    tied = {id(parameter) for parameter in words.parameters()} if words is not None else set()
-    own = {key for key, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) not in tied}
-    return {key: tensor for key, tensor in (content.weights if content else {}).items() if key in own}
+    content, words = heads.content(model, None), model.get_output_embeddings()
+    found = {} if content is None else content.weights
+    trained = words is not None and model.model_frozen and any(each.requires_grad for each in words.parameters())
+    left_out = {id(each) for key, each in model.named_parameters(remove_duplicate=False) if key not in found}
+    if model.words_are_loaded or trained:
+        own = {key for key, each in model.named_parameters() if id(each) not in left_out}
+    else:
+        left_out |= heads.words_of(model)
+        own = {key for key, each in model.named_parameters(remove_duplicate=False) if id(each) not in left_out}
+    return {key: tensor for key, tensor in found.items() if key in own}
 
 
 def _named_head(model: "ModelWithFlexibleHeadsAdaptersMixin", name: str, model_class: str, asked: str) -> Tensors:
     from ...heads.convert import WORD_TYPES, static_head
 
-    config = model.heads[name].config
-    if config["head_type"] in WORD_TYPES:
+    config, state = model.heads[name].config, model.heads[name].state_dict(keep_vars=True)
+    tied = {id(parameter) for parameter in model.base_model.parameters()}
+    if config["head_type"] in WORD_TYPES and all(id(tensor) in tied for tensor in state.values()):
         return {}
     own = static_head(model_class, model.config, model.head_types)
     if own is None or (difference := own.difference(config)):
@@ -196,15 +227,13 @@ def _named_head(model: "ModelWithFlexibleHeadsAdaptersMixin", name: str, model_c
         raise CheckpointError(
             f"{asked}: the head {name!r} cannot be one of transformers: {reason}; pass with_head=False."
         )
-    state = model.heads[name].state_dict()
     return {key: weights.copied(state[place]) for key, place in own.keys.items()}
 
 
 def _saved_module(model: "ModelAdaptersMixin", key: str) -> str:
     """The module of a head's tensor: as large as can be without the map onto words."""
-    words = model.get_output_embeddings()
-    path = key.partition(".")[0]
-    whole = words is None or words not in set(model.get_submodule(path).modules())
+    words, path = model.get_output_embeddings(), key.partition(".")[0]
+    whole = words is None or heads.is_flexible(model) or words not in set(model.get_submodule(path).modules())
     return path if whole else key.rpartition(".")[0]
 
 
