@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 import adapters
 from adapters import Fuse, Parallel, SeqBnConfig
 
+from .by_hand import PREFIX, generating_by_hand, prefix_cache
 from .models import sharing
 from .timing import interleaved
 
@@ -160,26 +161,32 @@ def switching() -> Row:
 
 
 def generation(rounds: int) -> list[Row]:
-    """Greedy generation with a cache, as a ratio to the bare model."""
+    """Greedy generation with a cache, as a ratio to the bare model; and of the same formulas in its own classes."""
     torch.manual_seed(0)
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     bare = GPT2LMHeadModel(GPT2Config(n_embd=384, n_layer=6, n_head=6, vocab_size=5000, **ends)).eval()
-    batch = tokens(8, 64)
+    batch, longer = tokens(8, 64), tokens(8, 64 + PREFIX)
 
     def generate(model: nn.Module) -> None:
         model.generate(**batch, max_new_tokens=32, min_new_tokens=32, do_sample=False)
 
+    def generate_behind_prefix(model: nn.Module) -> None:
+        cache = prefix_cache(model, 8, PREFIX)
+        model.generate(**longer, past_key_values=cache, max_new_tokens=32, min_new_tokens=32, do_sample=False)
+
     calls: dict[str, Callable[[], object]] = {"bare": partial(generate, bare)}
-    for method in ("lora", "seq_bn", "prefix_tuning"):
+    methods = {"lora": generate, "seq_bn": generate, "prefix_tuning": generate_behind_prefix}
+    for method, by_hand in methods.items():
         model = sharing(bare)
         adapters.init(model)
         model.add_adapter("a", config=method, set_active=True)
         calls[method] = partial(generate, model.eval())
+        calls[f"{method}, by hand"] = partial(by_hand, generating_by_hand(bare, method))
     seconds = interleaved(calls, rounds)
     return [
-        (f"generate, GPT-2 with {method}: time / bare", f"{seconds[method] / seconds['bare']:.2f}", "1.03", "")
-        for method in calls
-        if method != "bare"
+        (f"generate, GPT-2 with {name}: time / bare", f"{seconds[name] / seconds['bare']:.2f}", target, "")
+        for name, target in ((name, "1.03" if name in methods else "") for name in calls)
+        if name != "bare"
     ]
 
 

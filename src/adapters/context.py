@@ -20,6 +20,7 @@ from torch import Tensor
 from .composition import Block, Rows, Setup, parse_composition, parse_heads_from_composition
 
 if TYPE_CHECKING:
+    from .signals import Signal
     from .sitemap import SiteMap
 
 T = TypeVar("T")
@@ -165,11 +166,13 @@ def within(forward: Forward | None) -> Iterator[None]:
         state.forward = previous
 
 
-def token_mean(values: Tensor, stack: str, rows: Tensor | None) -> Tensor:
+def token_mean(values: Tensor, stack: str, signal: Signal) -> Tensor:
     """(b, k) the mean of (b, s, k) over the real tokens of each row; over all positions where no mask says more."""
     mask = None if state.forward is None else state.forward.masks.get(stack)
-    if mask is not None and rows is not None:
-        mask = mask[rows]
+    if mask is not None and signal.span is not None:
+        mask = mask[:, signal.span[1] :][:, : values.shape[1]]
+    if mask is not None and signal.rows is not None:
+        mask = mask[signal.rows]
     if mask is None or mask.shape != values.shape[:2]:
         return values.mean(1)
     weights = mask.to(values.dtype)[..., None]

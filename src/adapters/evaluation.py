@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from .composition import Average, BatchSplit, Block, Fuse, MultiTask, Parallel, Route, Setup, Split, Stack
-from .context import Forward
+from .context import Forward, current
 from .errors import CompositionError
 from .signals import Signal
 
@@ -123,12 +123,43 @@ def _batch_sizes(tree: BatchSplit, rows: int, site: Site) -> list[int]:
 
 
 def _evaluate_split(tree: Split, signal: S, site: Site) -> S:
-    parts, start = [], 0
-    for child, size in zip(tree.children, tree.sizes(signal.positions()), strict=True):
-        if size:
-            parts.append(evaluate(child, signal.window(start, start + size), site))
-        start += size
-    return type(signal).join(parts, 1)
+    """Each child its own positions: of all that the sequence has so far, those of this pass."""
+    begin, start = signal.span or (0, _past(site))
+    stop, parts = start + signal.positions(), []
+    for child, size in zip(tree.children, tree.sizes(stop - begin), strict=True):
+        first, end = max(begin, start), begin + size
+        if first < end:
+            window = signal.window(first - start, end - start)
+            parts.append(evaluate(child, replace(window, span=(begin, first)), site))
+        begin = end
+    return replace(type(signal).join(parts, 1), span=signal.span)
+
+
+def _past(site: Site) -> int:
+    """The number of positions of the sequence at `site` that former passes put into a cache."""
+    forward = current()
+    return int(forward.past) if forward is not None and forward.sites is site.owner and site.source != "encoder" else 0
+
+
+def check_growing(setup: Block, counted: bool) -> None:
+    """Refuse a setup that says something else of a position when more positions have come, as in ``generate``.
+
+    counted: the model's cache tells how many positions it has.
+
+    Raises:
+        CompositionError: a Split does not end with the child of None, or positions are not counted.
+    """
+    for block in setup.blocks():
+        if isinstance(block, Split) and not counted:
+            raise CompositionError(
+                f"generate with {setup}: the cache of this model does not tell how many positions it has, so no "
+                "part of the sequence can be told; use another block."
+            )
+        if isinstance(block, Split) and block.splits[-1] is not None:
+            raise CompositionError(
+                f"generate with {setup}: the sequence grows, and splits={block.splits} do not fit all of its lengths; "
+                "let the last child have all that is left: splits=[…, None]."
+            )
 
 
 def _evaluate_tasks(tree: MultiTask, signal: S, site: Site) -> S:

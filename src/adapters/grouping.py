@@ -33,7 +33,7 @@ class Group:
         numbers = iter(range(len(self.modules)))
         self._number = [-1 if module is None else next(numbers) for module in children]
         self.complete = len(self.modules) == len(children)
-        self._stacked = Derived()
+        self.derived = Derived()
 
     @classmethod
     def of(cls, children: Sequence[AdapterModule[Any] | None]) -> Group | None:
@@ -75,7 +75,7 @@ class Group:
     def stacked(self, name: str) -> Tensor:
         """(n, …) the parameter of that name of all modules."""
         parameters: list[Tensor] = [module.get_parameter(name) for module in self.modules]
-        return self._stacked.get(name, parameters, lambda: torch.stack(parameters))
+        return self.derived.get(name, parameters, lambda: torch.stack(parameters))
 
 
 class Groups:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Self
 
@@ -23,10 +23,13 @@ class Signal:
     """Base of all signals.
 
     rows: (batch,) which rows of the model's batch these are; None stands for all of them, in order.
+    span: of a part of the sequence the positions where it begins and where its tensors here begin, which differ where a
+        cache has the rest; None for the whole sequence.
     backwards: whether it runs through a composition from the last adapter to the first, each undoing what it did.
     """
 
     rows: Tensor | None
+    span: tuple[int, int] | None = field(default=None, kw_only=True)
     backwards: ClassVar[bool] = False
 
     def __len__(self) -> int:
@@ -35,7 +38,7 @@ class Signal:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields, without the row numbers."""
-        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        named = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
         return {name: value for name, value in named if name != "rows" and isinstance(value, Tensor)}
 
     @property
@@ -130,6 +133,10 @@ class LinearSignal(Signal):
     owned: bool = False
     transformed: bool = False
 
+    def giving(self, output: Tensor) -> Self:
+        """With this output, which belongs to nobody else."""
+        return type(self)(self.rows, self.x, output, span=self.span)
+
 
 @dataclass(frozen=True)
 class HiddenSignal(Signal):
@@ -213,7 +220,7 @@ class PrefixSignal(Signal):
         bias = None if self.bias is None else pad(self.bias, (key.shape[2], 0))
         if self.key.shape[2]:
             key, value = torch.cat([key, self.key], 2), torch.cat([value, self.value], 2)
-        return type(self)(self.rows, self.hidden, key, value, bias)
+        return type(self)(self.rows, self.hidden, key, value, bias, span=self.span)
 
     def select(self, mask: Tensor, other: Self) -> Self:
         """As for any signal, with prefixes padded to one length."""

@@ -78,7 +78,7 @@ class Site:
 
     def __init__(self, place: Place, host: nn.Module) -> None:
         """Note the place; nothing is registered or hooked before the first adapter."""
-        self.place, self.host = place, host
+        self.place, self.host, self.source = place, host, place.stack
         self.adapters: dict[str, AdapterModule[Any]] = {}
         self._groups = Groups()
         self.merged: frozenset[str] = frozenset()
@@ -295,7 +295,7 @@ class LinearSite(Site):
         self.inputs, self.outputs, self.start = found.inputs, found.outputs, found.start
         self.rows, self.convolves = found.rows, convolution_shape(found.module) is not None
         self.holder = place.part or place.outside.replace(".", "_")
-        self.source = place.stack if source is None else source
+        self.source = self.source if source is None else source
         self._stand_in = StandIn(self)
 
     @classmethod

@@ -41,7 +41,6 @@ class LookupSite(Site):
     def __init__(self, place: Place, host: nn.Embedding) -> None:
         super().__init__(place, host)
         self.inputs, self.outputs = host.num_embeddings, host.embedding_dim
-        self.source = place.stack
         self._factors: dict[int, float] = {}
 
     @classmethod

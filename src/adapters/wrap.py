@@ -19,12 +19,12 @@ from transformers.utils.hub import cached_file
 
 from .checkpoints import peft, whole
 from .checkpoints.atomic import finish
-from .composition import Block, MultiTask, Split
+from .composition import Block, MultiTask
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .context import START, AdapterSetup, Forward, Record, generating, state, within
 from .described import bases_of, give_config, unchanged_on_failure
 from .errors import AdapterError, CompositionError
-from .evaluation import check_batch
+from .evaluation import check_batch, check_growing
 from .interface import INTERFACE_FILE, AdapterModelInterface
 from .model import ModelAdaptersMixin
 from .repetition import batch_size, repeat_inputs, repeated
@@ -376,10 +376,7 @@ def _generate(cls: Any) -> Callable[..., Any]:
 
 def _for_setup(model: Any, setup: Block, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The inputs of ``generate`` for a setup: sizes are checked, and all is repeated for Parallel."""
-    if any(isinstance(block, Split) for block in setup.blocks()):
-        raise CompositionError(
-            f"generate with {setup}: the sequence grows, so that no splits fit all of its lengths; use another block."
-        )
+    check_growing(setup, counted="past_key_values" in inspect.signature(model.forward).parameters)
     if setup.parallel_channels > 1:
         (inputs,), kwargs, _ = repeat_inputs((inputs,), kwargs, setup.parallel_channels)
     state.task_ids = kwargs.get("task_ids")

@@ -130,6 +130,8 @@ def test_fields_that_need_each_other():
         PromptTuningConfig(prompt_init="from_string")
     with raises(ConfigError, "(inv_adapter_reduction_factor=None)"):
         SeqBnConfig(inv_adapter="nice")
+    with raises(ConfigError, "(suffix_positions=0): 0 is too few, with prefix_positions=0; no position would change"):
+        LoReftConfig(prefix_positions=0)
 
 
 @pytest.mark.parametrize(

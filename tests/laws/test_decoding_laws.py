@@ -81,6 +81,38 @@ def test_fused_and_routed_rows_need_no_cache(name: str, beams: int) -> None:
         assert torch.equal(found, torch.cat(alone))
 
 
+GROWING = {
+    "rest": Split("lora", "adapter_plus", splits=[3, None]),
+    "prefix": Split("prefix_tuning", Stack("lora", "double_seq_bn"), splits=[7, None]),
+    "nested": Split(
+        Split("lora", None, splits=[1, None]), Split("ia3", "adapter_plus", splits=[3, None]), splits=[4, None]
+    ),
+}
+
+
+@each_generator
+@pytest.mark.parametrize("case", GROWING)
+@pytest.mark.parametrize("ways", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_each_position_has_its_part_of_a_split(name: str, case: str, ways: dict) -> None:
+    """A position goes to one child for good, so tokens with a cache are those without."""
+    batch, setup = prompts(name), GROWING[case]
+    found, scores = generate(name, batch, setup, **ways)
+    plainly = {key: value for key, value in ways.items() if key != "cache_implementation"}
+    wanted, slow_scores = generate(name, batch, setup, use_cache=False, **plainly)
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(scores, slow_scores, rtol=1e-3, atol=1e-4)
+
+
+@each_generator
+def test_a_split_past_the_end_is_its_first_child(name: str) -> None:
+    batch = prompts(name)
+    for splits, child in (([99, None], "lora"), ([0, None], "adapter_plus")):
+        found = generate(name, batch, Split("lora", "adapter_plus", splits=splits))
+        wanted = generate(name, batch, child)
+        assert torch.equal(found[0], wanted[0])
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-3, atol=1e-4)
+
+
 class Gathering(BaseStreamer):
     """Keeps what is streamed."""
 
@@ -159,6 +191,8 @@ def test_a_decoding_of_ones_own_may_repeat_rows_in_place(name: str) -> None:
 
 REFUSED = {
     "split": (Split("lora", "adapter_plus", splits=3), {}, "the sequence grows"),
+    "split_in_split": (Split(Split("lora", "ia3", splits=2), None, splits=[4, None]), {}, "the sequence grows"),
+    "split_end": (Stack("lora", Split("lora", "ia3", splits=[None, 2])), {}, r"all that is left: splits=\[…, None\]"),
     "batch_split": (BatchSplit("lora", "adapter_plus", batch_sizes=2), {}, "sizes sum to 4, the batch has 3 rows"),
     "names": (None, {"adapter_names": ["lora"]}, "1 entries, the batch has 3 rows"),
     "tasks": (MultiTask("lora", "adapter_plus"), {}, "has no task_ids"),

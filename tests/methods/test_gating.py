@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import GATED, inputs, rows_of, shared
 
-from adapters import AdapterSetup, Average, BatchSplit, MultiTask, Parallel, Stack
+from adapters import AdapterSetup, Average, BatchSplit, MultiTask, Parallel, Split, Stack
 
 MODELS = ("bert", "gpt2", "t5", "bart")
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -111,3 +111,26 @@ def test_unions_report_all_their_gates_in_every_block(name: str) -> None:
         assert places.keys() == {"selfattn_lora", "output_adapter", *prefix}
         assert prefix
         assert {len(values) for values in found["unipelt_b"][layer].values()} == {1}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])
+@each_method
+def test_a_part_of_the_sequence_has_a_gate_over_its_own_tokens(name: str, method: str) -> None:
+    """However much padding follows, in a split, in a split of a split, and after another adapter in it."""
+    adapter, other, plain = f"{method}_a", f"{method}_b", "lora_a"
+    short = {key: value[:, :5] for key, value in inputs(name, rows=2).items()}
+    short |= {
+        key: torch.ones_like(value) if key.endswith("mask") else value.clamp(min=3) for key, value in short.items()
+    }
+    longer = {key: torch.nn.functional.pad(value, (0, 3)) for key, value in short.items()}
+    for setup in (
+        Split(adapter, other, splits=[2, None]),
+        Split(Split(adapter, None, splits=[1, None]), other, splits=[3, None]),
+        Split(None, Stack(plain, adapter), splits=[1, None]),
+        BatchSplit(other, Split(other, adapter, splits=[2, None]), batch_sizes=1),
+    ):
+        found, wanted = gates(name, longer, setup), gates(name, short, setup)
+        assert found.keys() == wanted.keys()
+        assert adapter in found
+        for part, scores in wanted.items():
+            assert_rows(found[part], scores)

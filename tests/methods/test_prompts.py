@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import adapters
 from adapters import AdapterError, AdapterSetup, Average, BatchSplit, CompositionError, Parallel, Split, Stack
+from adapters.methods.cpt import context_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in PEFT
 START_OF_TOKENS = adapters.PromptTuningConfig(
@@ -162,17 +163,17 @@ def test_a_row_does_not_depend_on_its_padding(name, prompt):
 # --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
-def peft_pair(name: str, configuration, ours: str, tensors: dict[str, str], seed: int = 3):
+def peft_pair(name: str, configuration, ours, tensors: dict[str, str], seed: int = 3):
     """PEFT's model with random weights, and ours with the same ones."""
     torch.manual_seed(seed)
     theirs = get_peft_model(plain(name, head=True), configuration).eval()
     encoder = theirs.prompt_encoder["default"]
     with torch.no_grad():
         for key, parameter in encoder.named_parameters():
-            if key != "embedding.weight" or ours != "cpt":
+            if key != "embedding.weight" or not isinstance(configuration, PeftCPT):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model = adapted(name, head=True)
-    model.add_adapter("p", PROMPTS[ours])
+    model.add_adapter("p", PROMPTS[ours] if isinstance(ours, str) else ours)
     own, given = model.get_adapter("p")[-1]["prompt"], encoder.state_dict()
     own.load_state_dict({tensors.get(key, key): value for key, value in given.items()})
     model.set_active_adapters("p")
@@ -229,6 +230,42 @@ def test_cpt_is_pefts():
     assert gradient[:3].any(1).all()
     assert not gradient[3].any()
     close(own.delta_embedding.weight.norm(dim=1), torch.tensor([1.0, 1.0, 1.0, 0.0]) * 0.1 * (16 / 2048) ** 0.5)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_the_loss_on_the_context_is_pefts(decay):
+    context, kinds = [5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 4, 6, 7, 8]
+    settings = {"cpt_token_ids": context, "cpt_tokens_type_mask": kinds}
+    weighted = {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": decay}
+    peft_config = PeftCPT(task_type="CAUSAL_LM", **settings, **weighted)
+    theirs, model = peft_pair("llama", peft_config, adapters.CPTConfig(**settings), {"embedding.weight": "embedding"})
+    batch = inputs("llama")
+    labels = batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (torch.arange(6) < 2), -100)
+    model.train_adapter("p")
+    loss = context_loss(model, "p", **batch, labels=labels, decay=decay)
+    wanted = theirs(**batch, labels=labels, input_type_mask=(labels != -100).long() * 4).loss
+    close(loss, wanted)
+    loss.backward()
+    assert model.get_adapter("p")[-1]["prompt"].delta_embedding.weight.grad[:3].any(1).all()
+    left = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].flip(1)}
+    with pytest.raises(AdapterError, match="a row is padded on the left"):
+        context_loss(model, "p", **left, labels=labels)
+    with pytest.raises(AdapterError, match="no CPT adapter of that name"):
+        context_loss(model, "zz", **batch, labels=labels)
+
+
+def test_the_loss_on_the_context_leaves_other_adapters_in_force():
+    model = copy.deepcopy(model_with("gpt2", head=True))
+    model.add_adapter("lora", "lora[r=2]")
+    disturb(model, "lora")
+    batch = inputs("gpt2")
+    with torch.no_grad():
+        losses = {}
+        for setup in ("cpt", Stack("lora", "cpt"), None):
+            model.set_active_adapters(setup)
+            losses[str(setup)] = context_loss(model, "cpt", **batch, labels=batch["input_ids"])
+            assert model.active_adapters == (Stack(setup) if setup == "cpt" else setup)
+    assert losses["cpt"] == losses["None"] != losses["Stack[lora, cpt]"]
 
 
 # --- composition ------------------------------------------------------------------------------------------------------

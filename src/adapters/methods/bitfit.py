@@ -15,8 +15,7 @@ from ..method import AdapterModule, register
 from ..norms import NormSignal, NormSite
 from ..signals import LinearSignal, Signal
 from ..sites import LinearSite
-from .lora import ATTENTION_MATRICES
-from .patterns import check_targets, check_targets_used, is_target
+from .patterns import ATTENTION_MATRICES, check_targets, check_targets_used, is_target
 
 S = TypeVar("S", bound=Signal)
 

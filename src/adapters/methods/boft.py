@@ -105,10 +105,10 @@ class BOFT(LinearMethod):
         scale = self.boft_s[:, 0].to(signal.output.dtype)
         if not signal.transformed:
             rotated, plain = self.site.map(self.transform_input(signal.x)), self.site.map(signal.x)
-            return LinearSignal(signal.rows, signal.x, signal.output + (rotated * scale - plain))
+            return signal.giving(signal.output + (rotated * scale - plain))
         bias = self.site.bias
         output = signal.output * scale if bias is None else torch.addcmul(bias - bias * scale, signal.output, scale)
-        return LinearSignal(signal.rows, signal.x, output)
+        return signal.giving(output)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """s * W (B_m ... B_1)^T."""

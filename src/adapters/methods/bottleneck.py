@@ -20,13 +20,14 @@ from ..configuration.checks import (
 from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
 from ..errors import AdapterError
-from ..grouping import Group, grouped_linear
+from ..grouping import Group, grouped_linear, per_row
 from ..method import AdapterModule, activation, register, seeded
 from ..signals import SublayerSignal
 from ..sublayers import SublayerSite
 from .hypercomplex import SharedByLayers, projection
 
 INITIALISATIONS = ("bert", "mam_adapter", "houlsby")
+Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -271,7 +272,7 @@ class Bottleneck(AdapterModule[SublayerSignal]):
 
     def forward(self, signal: SublayerSignal) -> SublayerSignal:
         """See the class; for each flag see ``BnConfig``."""
-        return self.finish(signal, *self.prepare(signal))
+        return self.finish(signal, *self.prepare(signal), self.change, self.scaling)
 
     @property
     def is_plain(self) -> bool:
@@ -303,7 +304,7 @@ class Bottleneck(AdapterModule[SublayerSignal]):
     def group_key(self) -> Hashable:
         """Of equal configuration, without a gate and norms of its own."""
         config, up = self.config, self.adapter_up
-        own = config.ln_before or config.ln_after or self.gate is not None or isinstance(self.scaling, nn.Parameter)
+        own = config.ln_before or config.ln_after or self.gate is not None
         return None if own or type(up) is not nn.Linear else (str(config), up.weight.shape, up.weight.dtype)
 
     @classmethod
@@ -317,7 +318,9 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         def change(hidden: Tensor) -> Tensor:
             return part("adapter_up", first.adapter_down[1](part("adapter_down.0", hidden)))
 
-        output: SublayerSignal = first.finish(signal, *first.prepare(signal), change)
+        fixed = not isinstance(first.scaling, nn.Parameter)
+        scaling = first.scaling if fixed else per_row(group.stacked("scaling"), index, len(signal))[:, None]
+        output: SublayerSignal = first.finish(signal, *first.prepare(signal), change, scaling)
         return output
 
     def prepare(self, signal: SublayerSignal) -> tuple[Tensor, Tensor]:
@@ -339,21 +342,21 @@ class Bottleneck(AdapterModule[SublayerSignal]):
         return update
 
     def finish(
-        self, signal: SublayerSignal, hidden: Tensor, residual: Tensor, change: Callable[[Tensor], Tensor] | None = None
+        self, signal: SublayerSignal, hidden: Tensor, residual: Tensor, change: Change, scaling: float | Tensor
     ) -> SublayerSignal:
-        """The sub-layer's new output from the adapter's input and its residual; `change` in place of its own."""
+        """The sub-layer's new output from the adapter's input and its residual, by this change of this scale."""
         config, dtype = self.config, hidden.dtype
         own = self.adapter_up.weight.dtype if isinstance(self.adapter_up, nn.Linear) else self.adapter_up.dtype
         if own != dtype:
             hidden, residual = hidden.to(own), residual.to(own)
-        update = (change or self.change)(hidden)
+        update = change(hidden)
         if config.stochastic_depth and self.training and not config.is_parallel:
             update = _drop_rows(update, config.stochastic_depth)
-        if isinstance(self.scaling, nn.Parameter) or self.scaling != 1.0:
-            update = update * self.scaling
+        if isinstance(scaling, Tensor) or scaling != 1.0:
+            update = update * scaling
         output = nn.functional.dropout(update, config.dropout, self.training) if config.dropout else update
         if self.gate is not None:
-            gate = token_mean(torch.sigmoid(self.gate(hidden)), self.stack, signal.rows)
+            gate = token_mean(torch.sigmoid(self.gate(hidden)), self.stack, signal)
             self.report_gate(gate, signal)
             output = output * gate[:, None]
         norm = self.adapter_norm_after
@@ -364,7 +367,8 @@ class Bottleneck(AdapterModule[SublayerSignal]):
             output = output + residual
         if own != dtype:
             output, update = output.to(dtype), update.to(dtype)
-        return self.concluded(SublayerSignal(signal.rows, output, signal.residual, update, signal.final))
+        changed = SublayerSignal(signal.rows, output, signal.residual, update, signal.final, span=signal.span)
+        return self.concluded(changed)
 
     def concluded(self, signal: SublayerSignal) -> SublayerSignal:
         """With the mark that no residual and no norm follow, where the configuration says so."""

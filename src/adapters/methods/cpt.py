@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from ..composition import Block, Setup
 from ..configuration.base import AdapterConfig
 from ..configuration.checks import check_number
 from ..configuration.registry import register_architecture, register_config
+from ..context import AdapterSetup
+from ..errors import AdapterError
 from ..layouts import PromptSignal
 from ..method import register, weights_follow
 from ..prompts import PromptSite
@@ -55,6 +59,11 @@ class CPTConfig(AdapterConfig):
         check_number(self, "opt_projection_format_epsilon", above=0)
         check_place(self)
 
+    @property
+    def kinds(self) -> list[int]:
+        """What each token of the context is."""
+        return self.cpt_tokens_type_mask or [TEMPLATE_BEFORE] * len(self.cpt_token_ids)
+
 
 register_architecture("cpt", CPTConfig)
 register_config("cpt", CPTConfig())
@@ -69,8 +78,8 @@ class CPT(Prompt):
 
     Site: PromptSite. Parameters: p d (of D; C is a buffer, and saved).
     Start: the context as it is, D = 0. Merges: no.
-    Differs from PEFT: the loss is the model's own, on the labels that it is given; PEFT adds that of the context's
-    answers.
+    Differs from PEFT: the loss is the model's own, on the labels that it is given; ``context_loss`` adds that of the
+    context's answers, as PEFT does.
     """
 
     embedding: Tensor
@@ -79,17 +88,22 @@ class CPT(Prompt):
     def __init__(self, config: CPTConfig, site: PromptSite, shared: Any = None) -> None:
         ids = config.cpt_token_ids
         super().__init__(config, site, len(ids))
+        self.config = config
         context = torch.zeros(len(ids), site.width) if weights_follow() else embedded(ids, config, site)
         self.register_buffer("embedding", context)
         self.delta_embedding = nn.Embedding(len(ids), site.width)
         nn.init.zeros_(self.delta_embedding.weight)
-        kinds = [kind % KINDS for kind in config.cpt_tokens_type_mask or [TEMPLATE_BEFORE] * len(ids)]
+        kinds = [kind % KINDS for kind in config.kinds]
         unit = sqrt(site.width / 2048)
         radii = {FIXED: 0.0, INPUT: config.opt_projection_epsilon * unit}
         template = config.opt_projection_format_epsilon * unit
         self.register_buffer("radius", torch.tensor([[radii.get(kind, template)] for kind in kinds]), persistent=False)
 
     def prompt(self, signal: PromptSignal) -> Tensor:
+        """C + D (p, d)."""
+        return self.moved()
+
+    def moved(self) -> Tensor:
         """C + D (p, d). In training the parameter itself is scaled: gradient descent with a projection."""
         delta = self.delta_embedding.weight
         with torch.no_grad():
@@ -99,3 +113,57 @@ class CPT(Prompt):
         moves = (self.radius > 0).to(delta.dtype)
         moved: Tensor = self.embedding + moves * (delta + (inside - delta).detach())
         return moved
+
+
+def context_loss(
+    model: Any,
+    adapter_name: str,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    decay: float = 1.0,
+) -> Tensor:
+    """The loss of a causal model on its labels and on the answers in the context of a CPT adapter.
+
+    It is the mean over all of these tokens of their cross entropies, those of an answer times ``decay`` for the newest
+    one (of the largest type), times its square for the one before, and so on. Blau et al. 2024, section 4.
+
+    Args:
+        model: with a language modelling head; the other adapters of its setup act as ever.
+        input_ids, labels, attention_mask: (b, s), padded on the right.
+
+    Raises:
+        AdapterError: there is no such CPT adapter, or a row is padded on the left.
+
+    Example:
+        >>> loss = context_loss(model, "cpt", **batch, decay=0.95)
+    """
+    found = [module for _, module in model.adapter_sites.holding(adapter_name) if isinstance(module, CPT)]
+    if not found:
+        raise AdapterError(
+            f"context_loss({adapter_name!r}): the model has no CPT adapter of that name; add one with "
+            f"add_adapter({adapter_name!r}, CPTConfig(…))."
+        )
+    if attention_mask is not None and not attention_mask[:, 0].all():
+        raise AdapterError("context_loss: a row is padded on the left, next to the context; pad on the right.")
+    (module,), rows = found, len(input_ids)
+    tokens = list(zip(module.config.cpt_token_ids, module.config.kinds, strict=True))
+    answers = {kind for _, kind in tokens if kind > 0 and kind % KINDS == FIXED}
+    embeddings: Tensor = model.get_input_embeddings()(input_ids)
+    context = module.moved().to(embeddings).expand(rows, -1, -1)
+    mask = attention_mask
+    mask = None if mask is None else torch.cat([mask.new_ones(rows, len(tokens)), mask], 1)
+    with AdapterSetup(_without(model.effective_setup(), adapter_name)):
+        logits = model(inputs_embeds=torch.cat([context, embeddings], 1), attention_mask=mask).logits
+    known = labels.new_tensor([token if kind in answers else -100 for token, kind in tokens])
+    wanted = torch.cat([known.expand(rows, -1), labels], 1)[:, 1:]
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+    newer = [sum(kind < other for other in answers) for _, kind in tokens]
+    weights = losses.new_tensor([decay ** (count + 1) for count in newer] + [1.0] * labels.shape[1])[1:]
+    return (losses * weights)[wanted != -100].mean()
+
+
+def _without(setup: Setup, name: str) -> Setup:
+    if isinstance(setup, Block):
+        return setup.with_children([_without(child, name) for child in setup.children])
+    return None if setup == name else setup

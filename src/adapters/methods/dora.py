@@ -1,5 +1,6 @@
 """DoRA and DvoRA: a linear map's direction changed by LoRA or VeRA, its magnitude by a learned vector."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.nn.functional import linear
 
 from ..configuration.registry import register_config, register_preset
 from ..derived import Derived
+from ..grouping import Group, per_row
 from ..method import register
 from ..signals import LinearSignal
 from ..sites import LinearSite
@@ -57,7 +59,7 @@ class Magnitude(LowRankChange):
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
         changed = super().forward(signal)
-        known = [self.site.stored, *self.sources()]
+        known = [self.site.stored, self.m.weight, *self.sources()]
         if self.site.bias is not None:
             known.append(self.site.bias)
         gain, shift = self._magnitudes.get("gain", known, self.gain)
@@ -68,22 +70,60 @@ class Magnitude(LowRankChange):
 
     def gain(self) -> tuple[Tensor, Tensor | None]:
         """g (out,) and (1 - g) b."""
-        magnitude, bias = self.m.weight[:, 0], self.site.bias
         with torch.no_grad():
-            norms = self._magnitudes.get("norms", [self.site.stored, *self.sources()], self.norms)
-        gain = magnitude / norms.to(magnitude.dtype)
+            known = [self.site.stored, *self.sources()]
+            norms = self._magnitudes.get("norms", known, self.norms)
+        return self._gain(self.m.weight[:, 0], norms)
+
+    def _gain(self, magnitude: Tensor, norms: Tensor) -> tuple[Tensor, Tensor | None]:
+        gain, bias = magnitude / norms.to(magnitude.dtype), self.site.bias
         return gain, None if bias is None or self.config.legacy else bias - gain * bias
+
+    @property
+    def norm_scale(self) -> float:
+        """s in the norm."""
+        return 1.0 if self.config.legacy else self.scale
 
     def norms(self) -> Tensor:
         """||W + ΔW|| (out,), in single precision at least."""
+        return self._norms(*self.factors(), self.norm_scale)
+
+    def _norms(self, down: Tensor, up: Tensor, scale: float | Tensor) -> Tensor:
+        """||W + s up down|| (..., out) for down (..., r, in) and up (..., out, r)."""
         weight = self.site.weight
         square = self._magnitudes.get("square", [self.site.stored], lambda: squared_norms(weight))
-        down, up = self.factors()
-        scale = 1.0 if self.config.legacy else self.scale
-        crossed, up = linear(weight, down.to(weight.dtype)).to(square.dtype), up.to(square.dtype)
-        own = up @ (down @ down.T).to(square.dtype)
-        square = square + (up * (2 * scale * crossed + scale**2 * own)).sum(1)
+        crossed, up = linear(down.to(weight.dtype), weight).mT.to(square.dtype), up.to(square.dtype)
+        own = up @ (down @ down.mT).to(square.dtype)
+        square = square + (up * (2 * scale * crossed + scale**2 * own)).sum(-1)
         return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+
+    def group_key(self) -> Hashable:
+        """As the low-rank change, and all or none of 1.x."""
+        key = super().group_key()
+        return None if key is None else (key, self.config.legacy)
+
+    @classmethod
+    def grouped(cls, group: Group, signal: LinearSignal, index: Tensor | None) -> LinearSignal:
+        """See the class."""
+        modules: list[Any] = group.modules
+        first, output = modules[0], super().grouped(group, signal, index).output
+        with torch.no_grad():
+            known = [first.site.stored, *(source for module in modules for source in module.sources())]
+            norms = group.derived.get("norms", known, lambda: cls._grouped_norms(group))
+        gains, shifts = first._gain(group.stacked("m.weight")[..., 0], norms)
+        gain = per_row(gains, index, len(signal))[:, None].to(output.dtype)
+        if shifts is None:
+            return signal.giving(output * gain)
+        shift = per_row(shifts, index, len(signal))[:, None].to(output.dtype)
+        return signal.giving(torch.addcmul(shift, output, gain))
+
+    @classmethod
+    def _grouped_norms(cls, group: Group) -> Tensor:
+        modules: list[Any] = group.modules
+        down, up = cls.stacked_factors(group)
+        scales = torch.tensor([module.norm_scale for module in modules], dtype=up.dtype, device=up.device)
+        norms: Tensor = modules[0]._norms(down, up, scales[:, None, None])
+        return norms
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """g times the rows of W + ΔW."""
@@ -114,9 +154,6 @@ class DoRA(Magnitude, LoRA):
     """
 
     variant = "dora"
-
-    def group_key(self) -> None:
-        """Each by itself."""
 
 
 @register(LoRAConfig, LinearSite)

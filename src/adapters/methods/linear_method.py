@@ -15,8 +15,7 @@ from ..derived import Derived
 from ..method import AdapterModule
 from ..signals import LinearSignal
 from ..sites import LinearSite
-from .lora import ATTENTION_MATRICES, asked_locations, is_placed
-from .patterns import check_targets, check_targets_used
+from .patterns import ATTENTION_MATRICES, asked_locations, check_targets, check_targets_used, is_placed
 from .products import plus_low_rank, plus_product
 
 

@@ -126,4 +126,4 @@ class LoKr(LinearUpdate):
         if signal.owned and not torch.compiler.is_compiling():
             split.add_(change)
             return signal
-        return LinearSignal(signal.rows, signal.x, (split + change).flatten(-2))
+        return signal.giving((split + change).flatten(-2))

@@ -1,7 +1,7 @@
 """LoRA: a low-rank change of a linear map."""
 
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -25,15 +25,23 @@ from ..configuration.registry import register_architecture, register_config
 from ..context import token_mean
 from ..derived import Derived
 from ..errors import AdapterError
-from ..grouping import Group, grouped_linear, per_row
+from ..grouping import Group
 from ..method import AdapterModule, register
 from ..signals import LinearSignal
 from ..sites import LinearSite, Site
 from .lora_init import FROM_WEIGHT, KEEPS_START, factors, initialise
-from .patterns import check_pattern, check_targets, check_targets_used, check_used, is_target, value_at
-from .products import plus_low_rank
+from .patterns import (
+    ATTENTION_MATRICES,
+    asked_locations,
+    check_pattern,
+    check_targets,
+    check_targets_used,
+    check_used,
+    is_placed,
+    value_at,
+)
+from .products import plus_low_rank, plus_low_rank_by_row
 
-ATTENTION_MATRICES = ("q", "k", "v", "o")
 RANDOM = ("lora", "bert", "ia3", "vera")
 FROM_DATA = ("eva", "lora_ga")
 INITIALISATIONS = (*RANDOM, "pissa", "pissa_niter_16", "olora", *FROM_DATA)
@@ -177,23 +185,6 @@ register_architecture("lora", LoRAConfig)
 register_config("lora", LoRAConfig())
 
 
-def is_placed(config: Mapping[str, Any], site: Site) -> bool:
-    """Whether ``target_modules``, or the flags of `config` for places, put a module at this map."""
-    if site.layer in config["leave_out"]:
-        return False
-    if config["target_modules"] is not None:
-        return is_target(config["target_modules"], site)
-    named = site.role not in ATTENTION_MATRICES or site.role in config["attn_matrices"]
-    return bool(config[site.location]) and named
-
-
-def asked_locations(config: Mapping[str, Any], kind: type[Site]) -> set[str]:
-    """The flags of `config` for places at sites of a kind that are set; none of them counts with ``target_modules``."""
-    if config["target_modules"] is not None:
-        return set()
-    return {location for location in kind.locations.values() if config[location]}
-
-
 class LinearChange(AdapterModule[LinearSignal]):
     """What the kinds of change that a LoRAConfig describes have in common: their places, scale and gate.
 
@@ -244,7 +235,7 @@ class LinearChange(AdapterModule[LinearSignal]):
         if self.gate is None:
             return None
         x = signal.x if signal.x.dtype == self.gate.weight.dtype else signal.x.to(self.gate.weight.dtype)
-        gate = token_mean(torch.sigmoid(self.gate(x)), self.stack, signal.rows)
+        gate = token_mean(torch.sigmoid(self.gate(x)), self.stack, signal)
         self.report_gate(gate, signal)
         return gate
 
@@ -266,8 +257,8 @@ class LowRankChange(LinearChange):
         """down (r, in) and up (out, r)."""
 
     def sources(self) -> list[Tensor]:
-        """The tensors that the change is computed from."""
-        return [*self.parameters(), *self.buffers()]
+        """The tensors that the factors are computed from: here all of its own."""
+        return [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
@@ -284,6 +275,19 @@ class LowRankChange(LinearChange):
         self.refuse_gate()
         down, up = self.factors()
         return weight + (up @ down * self.scale).to(weight.dtype)
+
+    @classmethod
+    def stacked_factors(cls, group: Group) -> tuple[Tensor, Tensor]:
+        """down (n, r, in) and up (n, out, r) of all modules of a group."""
+        raise NotImplementedError
+
+    @classmethod
+    def grouped(cls, group: Group, signal: LinearSignal, index: Tensor | None) -> LinearSignal:
+        """See the class."""
+        modules: list[Any] = group.modules
+        down, up = cls.stacked_factors(group)
+        x, scales = modules[0].dropped(signal.x, down.dtype), [module.scale for module in modules]
+        return plus_low_rank_by_row(signal, x, down, up, scales, index)
 
 
 @register(LoRAConfig, LinearSite)
@@ -383,18 +387,6 @@ class LoRA(LowRankChange):
         return self.lora_A.shape, self.lora_B.shape, self.lora_A.dtype, self.config.dropout
 
     @classmethod
-    def grouped(cls, group: Group, signal: LinearSignal, index: Tensor | None) -> LinearSignal:
-        """See the class."""
-        down, up = group.stacked("lora_A"), group.stacked("lora_B")
-        modules: list[Any] = group.modules
-        share = modules[0].config.dropout
-        x = dropout(signal.x, share, modules[0].training) if share else signal.x
-        low = grouped_linear(x.to(down.dtype), down, index)
-        scales = [module.scale for module in modules]
-        scale = scales[0] if len(set(scales)) == 1 else 1.0
-        if len(set(scales)) > 1:
-            factors = torch.tensor(scales, dtype=low.dtype, device=low.device)[:, None, None]
-            low = low * per_row(factors, index, len(low))
-        if low.dtype == signal.output.dtype:
-            return replace(signal, output=grouped_linear(low, up, index, onto=signal.output, scale=scale))
-        return replace(signal, output=signal.output + (grouped_linear(low, up, index) * scale).to(signal.output.dtype))
+    def stacked_factors(cls, group: Group) -> tuple[Tensor, Tensor]:
+        """Of all modules."""
+        return group.stacked("lora_A"), group.stacked("lora_B")

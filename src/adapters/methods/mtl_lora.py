@@ -103,8 +103,12 @@ class MTLLoRA(LowRankChange):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and sum_i softmax(w / T)_i B_i Λ."""
-        up = self._kept.get("up", [self.lora_B, self.weights, self.task_specific.values], self.mixed)
+        up = self._kept.get("up", self.sources(), self.mixed)
         return self.lora_A, up
+
+    def sources(self) -> list[Tensor]:
+        """See the base."""
+        return [*super().sources(), self.task_specific.values]
 
     def mixed(self) -> Tensor:
         """The up-projection of the task (out, r)."""

@@ -14,6 +14,7 @@ from ..configuration.base import AdapterConfig
 from ..errors import AdapterError, listing
 from ..sites import Site
 
+ATTENTION_MATRICES = ("q", "k", "v", "o")
 ALL_LINEAR = "all-linear"
 """The value of ``target_modules`` for every linear map but those of the model's head; convolutions are none."""
 
@@ -103,3 +104,20 @@ def _rank(key: str, site: Site) -> int | None:
     if key in exact:
         return exact[key]
     return 0 if any(re.match(rf"(.*\.)?({key})$", path) for path in (site.path, site.module_path)) else None
+
+
+def is_placed(config: Mapping[str, Any], site: Site) -> bool:
+    """Whether ``target_modules``, or the flags of `config` for places, put a module at this map."""
+    if site.layer in config["leave_out"]:
+        return False
+    if config["target_modules"] is not None:
+        return is_target(config["target_modules"], site)
+    named = site.role not in ATTENTION_MATRICES or site.role in config["attn_matrices"]
+    return bool(config[site.location]) and named
+
+
+def asked_locations(config: Mapping[str, Any], kind: type[Site]) -> set[str]:
+    """The flags of `config` for places at sites of a kind that are set; none of them counts with ``target_modules``."""
+    if config["target_modules"] is not None:
+        return set()
+    return {location for location in kind.locations.values() if config[location]}

@@ -211,7 +211,7 @@ class Prefix(AdapterModule[PrefixSignal]):
         states = states.expand(signal.key.shape[0], -1, -1).to(signal.key.dtype)
         key, value = self._group[0].parted(states)
         if self.weight is not None:
-            gate = token_mean(torch.sigmoid(linear(signal.hidden, self.weight, self.bias)), self.stack, signal.rows)
+            gate = token_mean(torch.sigmoid(linear(signal.hidden, self.weight, self.bias)), self.stack, signal)
             self.report_gate(gate, signal)
             key, value = (part * gate[:, index, None, None, None] for part, index in ((key, 0), (value, -1)))
         return signal.with_prefix(key, value)

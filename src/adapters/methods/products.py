@@ -1,11 +1,12 @@
 """Adding a product to what a linear map has given, in the order of calls that is the fastest for its shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..grouping import grouped_linear, per_row
 from ..signals import LinearSignal
 
 
@@ -28,7 +29,7 @@ def plus_low_rank(
         output = torch.baddbmm(output, low, up.T.expand(low.shape[0], -1, -1), alpha=scale)
     else:
         output = output + (linear(low, up) * scale).to(output.dtype)
-    return LinearSignal(signal.rows, signal.x, output)
+    return signal.giving(output)
 
 
 def plus_matrix_product(signal: LinearSignal, left: Tensor, right: Tensor, scale: float = 1.0) -> LinearSignal:
@@ -38,7 +39,7 @@ def plus_matrix_product(signal: LinearSignal, left: Tensor, right: Tensor, scale
     if signal.owned and not torch.compiler.is_compiling() and flat.data_ptr() == output.data_ptr():
         flat.addmm_(left, right, alpha=scale)
         return signal
-    return LinearSignal(signal.rows, signal.x, torch.addmm(flat, left, right, alpha=scale).view(output.shape))
+    return signal.giving(torch.addmm(flat, left, right, alpha=scale).view(output.shape))
 
 
 def plus_product(signal: LinearSignal, x: Tensor, weight: Tensor) -> LinearSignal:
@@ -46,7 +47,7 @@ def plus_product(signal: LinearSignal, x: Tensor, weight: Tensor) -> LinearSigna
     output = signal.output
     if not output.dtype == x.dtype == weight.dtype:
         product = linear(x.to(weight.dtype), weight)
-        return LinearSignal(signal.rows, signal.x, output + product.to(output.dtype))
+        return signal.giving(output + product.to(output.dtype))
     return plus_matrix_product(signal, x.flatten(0, -2), weight.T)
 
 
@@ -57,4 +58,18 @@ def plus_change_of_input(
     if signal.transformed:
         return signal
     change = weigh(transform(signal.x) - signal.x)
-    return LinearSignal(signal.rows, signal.x, signal.output + change)
+    return signal.giving(signal.output + change)
+
+
+def plus_low_rank_by_row(
+    signal: LinearSignal, x: Tensor, down: Tensor, up: Tensor, scales: Sequence[float], index: Tensor | None
+) -> LinearSignal:
+    """The signal with scale up down x added, each row's own of n: down (n, r, in), up (n, out, r); see ``grouped``."""
+    low = grouped_linear(x, down, index)
+    scale = scales[0] if len(set(scales)) == 1 else 1.0
+    if len(set(scales)) > 1:
+        factors = torch.tensor(scales, dtype=low.dtype, device=low.device)[:, None, None]
+        low = low * per_row(factors, index, len(low))
+    if low.dtype == signal.output.dtype:
+        return signal.giving(grouped_linear(low, up, index, onto=signal.output, scale=scale))
+    return signal.giving(signal.output + (grouped_linear(low, up, index) * scale).to(signal.output.dtype))

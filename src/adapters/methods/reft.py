@@ -59,6 +59,9 @@ class ReftConfig(AdapterConfig):
         check_layers(self, "leave_out")
         check_integer(self, "prefix_positions", least=0)
         check_integer(self, "suffix_positions", least=0)
+        if not self.prefix_positions + self.suffix_positions:
+            wrong = "too few, with prefix_positions=0"
+            raise self.refusal("suffix_positions", wrong, "no position would change; one of them must be at least 1")
         check_integer(self, "r", least=1)
         check_fraction(self, "dropout")
         if self.non_linearity is not None:

@@ -109,7 +109,7 @@ class RoAd(LinearMethod):
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        return LinearSignal(signal.rows, signal.x, self.turned(signal.output))
+        return signal.giving(self.turned(signal.output))
 
     def group_key(self) -> Hashable:
         """Of one variant and group size."""
@@ -123,7 +123,7 @@ class RoAd(LinearMethod):
         own, other = (per_row(column, index, len(signal))[:, None] for column in columns)
         wide = signal.output.to(own.dtype)
         output = torch.addcmul(wide * own, one._partners(wide), other)
-        return LinearSignal(signal.rows, signal.x, output.to(signal.output.dtype))
+        return signal.giving(output.to(signal.output.dtype))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """R W."""

@@ -101,7 +101,7 @@ class Gate(AdapterModule[Signal]):
         else:
             scores = linear(x, self._prototypes().to(x.dtype)[order]).abs()
         if config.level == "sequence":
-            scores = token_mean(scores, self.stack, signal.rows)[:, None]
+            scores = token_mean(scores, self.stack, signal)[:, None]
         weights = (scores / config.temperature).softmax(-1)
         if config.top_k is not None and config.top_k < len(order):
             kept = weights.topk(config.top_k, -1)

@@ -1,6 +1,6 @@
 """VeRA: a low-rank change whose random matrices are shared and whose scaling vectors are learned."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..configuration.registry import register_config, register_preset
+from ..grouping import Group
 from ..method import register
 from ..signals import LinearSignal
 from ..sites import LinearSite
 from .lora import LoRAConfig, LowRankChange
 from .lora_init import initialise
+
+WIDE = 2**15
+"""With more numbers than these in A and B, to copy them for each row is slower than a call for each adapter."""
 
 
 @dataclass(eq=False)
@@ -94,7 +98,7 @@ class VeRA(LowRankChange):
 
     def sources(self) -> list[Tensor]:
         """See the base."""
-        return [*super().sources(), *self._shared[0].buffers()]
+        return [*super().sources(), *self._shared[0]._buffers.values()]
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
@@ -111,4 +115,18 @@ class VeRA(LowRankChange):
             return signal
         else:
             output = torch.addcmul(signal.output, change, self.vera_B)
-        return LinearSignal(signal.rows, signal.x, output)
+        return signal.giving(output)
+
+    def group_key(self) -> Hashable:
+        """Without gate, of one rank, and small; not those of files of 1.x."""
+        wide = self.rank * (self.inputs + self.outputs) > WIDE
+        alone = wide or self.gate is not None or self.config.legacy
+        return None if alone else (self.rank, self.vera_D.dtype, self.config.dropout)
+
+    @classmethod
+    def stacked_factors(cls, group: Group) -> tuple[Tensor, Tensor]:
+        """Of all modules. They are not kept: the random matrices shall be in memory once, not once for each map."""
+        modules: list[Any] = group.modules
+        downs, ups = zip(*(module.projections() for module in modules), strict=True)
+        inner, outer = group.stacked("vera_D"), group.stacked("vera_B")
+        return inner[:, :, None] * torch.stack(downs), outer[:, :, None] * torch.stack(ups)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...configuration import AdapterConfig
 from ...errors import CheckpointError, listing
-from ...methods.lora import is_placed
+from ...methods.patterns import is_placed
 from ...sites import LinearSite, Site
 from .. import names
 
