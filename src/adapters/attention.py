@@ -183,10 +183,13 @@ class Followed:
         """What the attention gives, with the prefix in front of its keys and values."""
         host, plan = self.site.host, self.site.plan()
         before = self.before or functools.partial(type(host).forward, host)
-        if plan is None:
-            return before(*args, **kwargs)
+        return before(*args, **kwargs) if plan is None else self.follow(plan, before, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def follow(self, plan: Setup, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pass with prefixes, which the compiler cannot see through."""
         with Follower(Prefixes(self.site, plan)) as follower:
-            output = before(*args, **kwargs)
+            output = forward(*args, **kwargs)
         follower.finish()
         return output
 

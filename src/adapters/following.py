@@ -82,11 +82,13 @@ class Follower(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             return self._attend(func, *args, **kwargs)
         if name == "multi_head_attention_forward":
-            return self._write_out(**inspect.signature(func).bind(*args, **kwargs).arguments)
+            call = inspect.signature(func).bind(*args, **kwargs)
+            call.apply_defaults()
+            return self._write_out(call.arguments)
         result = func(*args, **kwargs)
         given = [trail for value in tensors_in((*args, *kwargs.values())) if (trail := self._trail(value)) is not None]
         if isinstance(result, Tensor) and (given or name in SCALES):
-            self._note(result, self._next(name, func, args, kwargs, given, result))
+            self._note(result, self._next(name, Again(func, args, kwargs, result), given))
         elif given and given[0].origin is not None:
             for part in tensors_in([result]):
                 self._note(part, Trail(part, given[0].origin, lost=name))
@@ -108,30 +110,21 @@ class Follower(TorchFunctionMode):
         if trail is not None:
             self._trails[id(tensor)] = trail
 
-    def _next(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: list[Trail],
-        result: Tensor,
-    ) -> Trail | None:
+    def _next(self, name: str, call: Again, given: list[Trail]) -> Trail | None:
         """The trail of a result; None if it has none."""
-        first = args[0] if args and isinstance(args[0], Tensor) else result
-        main = min(given, key=rank, default=Trail(first, None))
+        result = call.result
+        main = min(given, key=rank, default=Trail(call.args[0] if call.args else result, None))
         if main.lost:
             return replace(main, tensor=result)
+        if main.origin is None:
+            steps = on_keys(name, main, call)
+            return Trail(result, None, main.steps + steps) if steps or (steps is not None and main.steps) else None
         if len({trail.origin for trail in given if isinstance(trail.origin, Product) and not trail.lost}) > 1:
             return Trail(result, main.origin, lost="another product's")
-        steps = on_keys(name, main, args) if main.origin is None else None
-        if main.origin is not None:
-            levels = [trail.tensor for trail in given if trail.level]
-            steps = on_scores(name, main, Again(func, args, kwargs, result), levels)
+        steps = on_scores(name, main, call, [trail.tensor for trail in given if trail.level])
         if steps is None:
-            return None if main.origin is None else Trail(result, main.origin, lost=name)
-        found = Trail(result, main.origin, main.steps + steps, level=main.level or name in PEAKS)
-        return found if found.origin is not None or found.steps else None
+            return Trail(result, main.origin, lost=name)
+        return Trail(result, main.origin, main.steps + steps, level=main.level or name in PEAKS)
 
     def _multiply(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A product: of weights and values, or perhaps of queries and keys."""
@@ -142,15 +135,15 @@ class Follower(TorchFunctionMode):
         first, second = pair
         trail = self._trail(first)
         if trail is not None and isinstance(trail.origin, Weights):
-            if trail.lost or pattern is None or not pattern.ends_contracted:
+            if trail.lost or pattern is None or not pattern.takes_weights:
                 return result
             return result + self._share(trail, trail.origin, pattern, second)
-        if pattern is not None and first.dim() > 1 and second.dim() > 1:
+        if pattern is not None and pattern.gives_scores and min(first.dim(), second.dim()) > 1:
             self._products += 1
             before = self._trail(second)
             scales = before.steps if before is not None and before.origin is None else ()
             product = Product(self._products, first, second, pattern, factor, scales, torch.is_grad_enabled())
-            self._note(result, Trail(result, product, lost="" if pattern.ends_free else name))
+            self._note(result, Trail(result, product))
         return result
 
     def _share(self, trail: Trail, origin: Weights, pattern: Pattern, second: Tensor) -> Tensor:
@@ -209,43 +202,27 @@ class Follower(TorchFunctionMode):
         self.attended = True
         return func(query, torch.cat([keys, key], -2), torch.cat([values, value], -2), mask, dropout_p, **kwargs)
 
-    def _write_out(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        num_heads: int,
-        in_proj_weight: Tensor | None,
-        in_proj_bias: Tensor | None,
-        dropout_p: float,
-        out_proj_weight: Tensor,
-        out_proj_bias: Tensor | None,
-        training: bool = True,
-        key_padding_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        use_separate_proj_weight: bool = False,
-        **rest: Any,
-    ) -> tuple[Tensor, Tensor]:
+    def _write_out(self, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """torch's whole attention from (s, b, d), step by step; its output and the mean weights of the heads."""
-        weights: Any = [rest.get(f"{part}_proj_weight") for part in "qkv"]
-        if in_proj_weight is not None and not use_separate_proj_weight:
-            weights = in_proj_weight.chunk(3)
-        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-        q, k, v = (
-            linear(states, weight, bias).view(*states.shape[:2], num_heads, -1).permute(1, 2, 0, 3)
-            for states, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
+        weights: Any = [call[f"{part}_proj_weight"] for part in "qkv"]
+        if not call["use_separate_proj_weight"]:
+            weights = call["in_proj_weight"].chunk(3)
+        biases = (None,) * 3 if call["in_proj_bias"] is None else call["in_proj_bias"].chunk(3)
+        heads, parts = call["num_heads"], []
+        for states, weight, bias in zip((call["query"], call["key"], call["value"]), weights, biases, strict=True):
+            parts.append(linear(states, weight, bias).view(*states.shape[:2], heads, -1).permute(1, 2, 0, 3))
+        query, key, value = parts
         with self:
-            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-            for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
+            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+            hidden = call["key_padding_mask"]
+            for mask in (call["attn_mask"], None if hidden is None else hidden[:, None, None]):
                 if mask is not None:
-                    mask = mask.view(-1, num_heads, *mask.shape[1:]) if mask.dim() == 3 else mask
-                    hidden = mask.dtype == torch.bool
-                    scores = scores.masked_fill(mask, float("-inf")) if hidden else scores + mask
-            shares = dropout(softmax(scores, -1), dropout_p, training)
-            output = shares @ v
-        output = linear(output.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
-        return output, shares.mean(1)
+                    mask = mask.view(-1, heads, *mask.shape[1:]) if mask.dim() == 3 else mask
+                    boolean = mask.dtype == torch.bool
+                    scores = scores.masked_fill(mask, float("-inf")) if boolean else scores + mask
+            probabilities = dropout(softmax(scores, -1), call["dropout_p"], call["training"])
+            output = (probabilities @ value).permute(2, 0, 1, 3).flatten(2)
+        return linear(output, call["out_proj_weight"], call["out_proj_bias"]), probabilities.mean(1)
 
 
 def _masked(mask: Tensor | None, prefix: PrefixSignal, query: Tensor, keys: int) -> Tensor | None:

@@ -20,12 +20,7 @@ from .signals import PrefixSignal
 
 Step = Callable[[Tensor], Tensor]
 
-PRODUCTS: dict[str, tuple[str, ...]] = {
-    "matmul": ("other", "tensor2"),
-    "bmm": ("mat2",),
-    "baddbmm": ("batch1", "batch2"),
-    "einsum": (),
-}
+PRODUCTS = {"matmul": "other tensor2", "bmm": "mat2", "baddbmm": "batch1 batch2", "einsum": ""}
 """Products of two tensors, and how these may be named."""
 SCALES: dict[str, Callable[..., Tensor]] = {"mul": torch.mul, "rmul": torch.mul, "imul": torch.mul}
 SCALES |= dict.fromkeys(("div", "truediv", "itruediv", "true_divide"), torch.div)
@@ -94,12 +89,14 @@ class Trail:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which dimensions of the second operand are what; "" for the plain matrix product.
+    """What the dimensions of a product's second operand are; "" for the plain product of matrices.
 
     order: the dimensions of the second operand that bring it to (…, contracted, free).
     """
 
     equation: str = ""
+    contracted: str = ""
+    free: str = ""
     order: tuple[int, ...] = ()
 
     @classmethod
@@ -110,9 +107,20 @@ class Pattern:
         contracted = [letter for letter in second if letter in first and letter not in output]
         free = [letter for letter in second if letter not in first and letter in output]
         lead = [letter for letter in second if letter in first and letter in output]
-        if len(contracted) != 1 or len(free) != 1 or len(lead) + 2 != len(second) or "," in second:
+        if len(contracted) != 1 or len(free) != 1 or len(lead) + 2 != len(second):
             return None
-        return cls(f"{first},{second}->{output}", tuple(second.index(letter) for letter in (*lead, *contracted, *free)))
+        order = tuple(map(second.index, (*lead, *contracted, *free)))
+        return cls(f"{first},{second}->{output}", contracted[0], free[0], order)
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the second operand's own dimension is the last of the result."""
+        return self.equation.endswith(self.free)
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the contracted dimension is the last of the first operand."""
+        return self.equation.partition(",")[0].endswith(self.contracted)
 
     def canonical(self, second: Tensor) -> Tensor:
         """The second operand as (…, contracted, free)."""
@@ -122,7 +130,7 @@ class Pattern:
     def ends_free(self) -> bool:
         """Whether the second operand's own dimension is the last of the result."""
         first, _, output = self.equation.partition("->")
-        return not output or first.partition(",")[2].index(output[-1]) == self.order[-1]
+        return not output or first.partition(",")[2].find(output[-1]) == self.order[-1]
 
     @property
     def ends_contracted(self) -> bool:
@@ -197,9 +205,9 @@ def operands(
         equation, *operands = args
         operands = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
         return Pattern.of(equation), (tuple(operands) if len(operands) == 2 else None), 1.0
-    values = [*args, *(kwargs[key] for key in PRODUCTS[name] if key in kwargs)][1 if name == "baddbmm" else 0 :][:2]
-    factor = float(kwargs.get("alpha", 1.0)) if name == "baddbmm" else 1.0
-    return Pattern(), (values[0], values[1]), factor
+    values = [*args, *(kwargs[key] for key in PRODUCTS[name].split() if key in kwargs)]
+    first, second = values[1:3] if name == "baddbmm" else values[:2]
+    return Pattern(), (first, second), kwargs.get("alpha", 1.0)
 
 
 def rank(trail: Trail) -> tuple[bool, bool, bool, int]:
@@ -208,12 +216,12 @@ def rank(trail: Trail) -> tuple[bool, bool, bool, int]:
     return trail.origin is None, trail.lost != "", trail.level, number
 
 
-def on_keys(name: str, main: Trail, args: tuple[Any, ...]) -> tuple[Step, ...] | None:
+def on_keys(name: str, main: Trail, call: Again) -> tuple[Step, ...] | None:
     """What is done to a tensor that is not scores, but may be keys: by one number each; None if it is more."""
     if name in VIEWS or name in TURNS:
         return ()
-    if name in SCALES and len(args) > 1 and args[0] is main.tensor and _count(args[1]) == 1:
-        return (functools.partial(_scaled, SCALES[name], args[1]),)
+    if name in SCALES and call.args[0] is main.tensor and _count(call.beside(main.tensor)) == 1:
+        return (functools.partial(_scaled, SCALES[name], call.beside(main.tensor)),)
     return None
 
 

@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "time_series_transformer": {"with": SERIES},
     "xmod": {"with": {"default_language": "en_XX"}},
 }
-CLASSES: dict[str, str] = {}
+CLASSES: dict[str, str] = {"rf_detr_dinov2": "RfDetrDinov2Backbone"}
 INPUTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "audio-spectrogram-transformer": {"input_values": lambda facts: torch.randn(2, 1024, 16)},
     "autoformer": VALUES,
