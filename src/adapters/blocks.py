@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
 from .context import Forward, current
@@ -23,6 +26,8 @@ from .trace import Watcher, parts, watch
 
 FAR = 2**30
 """The distance of a position that is no token, or none of the prompt's."""
+GRID = "grid"
+PACKED = "has the positions of all rows in one dimension"
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,56 @@ class Form:
         return spread.movedim((0, -1), (self.rows, self.channels))
 
 
+class Packed(threading.local):
+    """Hidden states (n, d) of images one behind the other; `lengths`: how many positions each has, in this thread."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        """tower: the model around the blocks, which is given a grid (images, 3) of (t, h, w)."""
+        self.tower, self.lengths = tower, [0]
+        self.names = tuple(inspect.signature(tower.forward).parameters)
+        self.name = next(name for name in self.names if GRID in name)
+
+    @classmethod
+    def around(cls, model: nn.Module, block: nn.Module) -> Self | None:
+        """That of the smallest model around a block that is given such a grid."""
+        towers = (part for part in parts(model) if block in set(part.modules()))
+        fitting = [part for part in towers if any(GRID in name for name in inspect.signature(part.forward).parameters)]
+        return cls(fitting[-1]) if fitting else None
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[nn.Module]]:
+        return Packed, (self.tower,)
+
+    def attach(self) -> RemovableHandle:
+        """Read the grid whenever the tower runs."""
+        return self.tower.register_forward_pre_hook(self.on_entry, with_kwargs=True)
+
+    def on_entry(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the lengths."""
+        self.lengths = {**dict(zip(self.names, args, strict=False)), **kwargs}[self.name].prod(-1).tolist()
+
+    def signal(self, hidden: Tensor) -> BlockSignal:
+        """The states (n, d) with a row for each image of each channel.
+
+        Raises:
+            AdapterError: they are not those of the grid's patches.
+        """
+        channels, rest = divmod(len(hidden), sum(self.lengths) or len(hidden) + 1)
+        if rest:
+            raise AdapterError(
+                f"{type(self.tower).__name__} has {len(hidden)} states for images of {self.lengths} patches, so no "
+                "first and last positions can be told; use LoRA or a bottleneck adapter."
+            )
+        lengths = self.lengths * channels
+        rows = pad_sequence(list(torch.split(hidden, lengths)), batch_first=True)
+        before = torch.arange(rows.shape[1], device=hidden.device).expand(len(rows), -1)
+        after = torch.tensor(lengths, device=hidden.device)[:, None] - 1 - before
+        return BlockSignal(None, rows, before.masked_fill(after < 0, FAR), after.masked_fill(after < 0, FAR))
+
+    def packed(self, rows: Tensor) -> Tensor:
+        """The reverse."""
+        return torch.cat([row[: self.lengths[number % len(self.lengths)]] for number, row in enumerate(rows)])
+
+
 _FORMS: dict[tuple[type, type], Form | str | None] = {}
 
 
@@ -71,7 +126,7 @@ class BlockSite(Site):
     locations: ClassVar[dict[str, str]] = {"block": "output_reft"}
     holder = "reft_layer"
 
-    def __init__(self, place: Place, block: nn.Module, width: int, form: Form | None = None) -> None:
+    def __init__(self, place: Place, block: nn.Module, width: int, form: Form | Packed | None = None) -> None:
         """width: d of the hidden states; form: how they lie, None if they are (b, s, d)."""
         super().__init__(place, block)
         self.width, self.form = width, form
@@ -83,7 +138,11 @@ class BlockSite(Site):
         Raises:
             AdapterError: the model has no others.
         """
-        forms = _forms(anatomy)
+        forms: dict[str, Form | Packed | str | None] = {**_forms(anatomy)}
+        for block in anatomy.blocks:
+            form = forms.get(block.path)
+            if isinstance(form, str) and PACKED in form:
+                forms[block.path] = Packed.around(anatomy.base_model, block.module) or form
         refused = next((form for form in forms.values() if isinstance(form, str)), None)
         if refused and all(isinstance(forms.get(block.path), str) for block in anatomy.blocks):
             raise AdapterError(
@@ -98,7 +157,8 @@ class BlockSite(Site):
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the block's output."""
-        return [self.host.register_forward_hook(self.on_output, prepend=True)]
+        grid = [self.form.attach()] if isinstance(self.form, Packed) else []
+        return [*grid, self.host.register_forward_hook(self.on_output, prepend=True)]
 
     def on_output(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The hidden states become what the adapters make of them."""
@@ -106,6 +166,9 @@ class BlockSite(Site):
         if plan is None:
             return None
         given = output if isinstance(output, Tensor) else output[0]
+        if isinstance(self.form, Packed):
+            hidden = self.form.packed(evaluate(plan, self.form.signal(given), self).hidden)
+            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
         if self.form is None and given.dim() != 3:
             raise AdapterError(
                 f"{self.layer_path} gives hidden states {tuple(given.shape)}, not (b, s, d), so no first and last "
@@ -152,7 +215,7 @@ def _forms(anatomy: Anatomy) -> dict[str, Form | str | None]:
 def _form(anatomy: Anatomy, block: Block, shape: torch.Size) -> Form | str | None:
     name = type(anatomy.base_model).__name__
     if len(shape) < 3:
-        return f"the blocks of {name} have the positions of all rows in one dimension"
+        return f"{name} {PACKED} in its blocks"
     if len(shape) > 3 and anatomy.base_model.main_input_name == "input_ids":
         return f"the blocks of {name} give several hidden states for each token"
     convolves = any(isinstance(module, nn.Conv2d) for module in block.module.modules())

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.functional import unfold
+from torch.nn.functional import pad, unfold
+
+from .sharded import loaded
 
 
 def convolution_shape(module: nn.Module) -> tuple[int, int] | None:
     """(c k k, out) of a 2-D convolution of all channels with zeros around; None for any other module."""
     if type(module) is not nn.Conv2d or module.groups > 1 or module.padding_mode != "zeros":
-        return None
-    if isinstance(module.padding, str):
         return None
     return module.weight[0].numel(), module.out_channels
 
@@ -20,7 +20,8 @@ def convolution_shape(module: nn.Module) -> tuple[int, int] | None:
 def patches(module: nn.Module, images: Tensor) -> Tensor:
     """(b, s, c k k) what the kernel of a convolution sees of images (b, c, h, w), output by output."""
     kernel = cast(nn.Conv2d, module)
-    return unfold(images, kernel.kernel_size, kernel.dilation, kernel.padding, kernel.stride).mT  # type: ignore[arg-type]
+    around = pad(images, kernel._reversed_padding_repeated_twice)
+    return unfold(around, kernel.kernel_size, kernel.dilation, 0, kernel.stride).mT
 
 
 def pixels(output: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def matrix_of(module: nn.Module) -> Tensor:
     """The weight of a linear map or a convolution as a matrix (outputs, inputs), a view of the parameter."""
-    weight = cast(Tensor, module.weight)
+    weight: Tensor = loaded(module, "weight")
     if weight.dim() > 2:
         return weight.view(len(weight), -1)
     return weight if is_plain(module) else weight.T

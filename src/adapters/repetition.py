@@ -23,6 +23,9 @@ from .topology import Anatomy, Block
 ROW_VECTORS = ("labels", "start_positions", "end_positions", "next_sentence_label", "task_ids")
 """Inputs of one number for each row; all else of one dimension (cache positions, say) belongs to no row."""
 
+PACKED = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "grid_thw")
+"""Inputs that count something else than rows, such as all patches of all images: each channel has all of them."""
+
 STEPS_BEFORE = {("sublayer", "self_attention"): 2, ("sublayer", "feed_forward"): 4, ("block", "block"): 4}
 """How many steps of a block come before an adapter that sits at none of them; see ``Position``."""
 
@@ -55,6 +58,8 @@ def repeat_inputs(
 def repeated(value: Any, batch: int, channels: int, name: str = "") -> Any:
     """`value` with its `batch` rows once per channel; what has no rows (cache positions, flags) stays as it is."""
     if isinstance(value, Tensor):
+        if name in PACKED and value.dim() > 1:
+            return value.repeat(channels, *[1] * (value.dim() - 1))
         rows = value.dim() > 1 or (value.dim() == 1 and name in ROW_VECTORS)
         return value.repeat(channels, *[1] * (value.dim() - 1)) if rows and value.shape[0] == batch else value
     if isinstance(value, ModelOutput):

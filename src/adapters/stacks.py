@@ -42,6 +42,7 @@ class Stack:
         """See the class."""
         self.path, self.width = blocks[0].path, blocks[0].width
         self.modules = [block.module for block in blocks]
+        self.prompt: Prompt
         self._passed = _Passed()
 
     @classmethod
@@ -54,17 +55,21 @@ class Stack:
         ]
         for blocks, crosses in zip(stacks, crossing, strict=True):
             stack = cls(blocks)
-            if (all(crossing) or not crosses) and any(map(stack._runs_longer, parts(anatomy.base_model))):
+            reached = (found for found in map(stack._runs_longer, parts(anatomy.base_model)) if found is not None)
+            if (all(crossing) or not crosses) and next(reached, False):
                 yield stack
 
-    def _runs_longer(self, model: nn.Module) -> bool:
-        """Whether a pass of `model` on the smallest input gets as far with one more state as without."""
+    def _runs_longer(self, model: nn.Module) -> bool | None:
+        """Whether a pass of `model` on the smallest input gets as far with one more state as without.
+
+        None: it does not reach the blocks.
+        """
         if self.modules[0] not in set(model.modules()):
-            return False
+            return None
         plain, error = _seen(model)
         last = next((call for call in plain.calls if call.module is self.modules[-1] and call.outputs), None)
         if last is None:
-            return False
+            return None
         states = plain.alive[next(iter(last.outputs.values()))]
         if states.dim() != 3 or len(states) != ROWS or states.shape[-1] != self.width:
             return False
@@ -78,42 +83,38 @@ class Stack:
         return ended and (longer_error is None or error is not None)
 
     def attach(self, prompt: Prompt) -> list[RemovableHandle]:
-        """Hook all blocks."""
+        """Hook all blocks: transformers, which keeps the states behind each, is to see the block's own alone."""
+        self.prompt = prompt
+        entries = [block.register_forward_pre_hook(self.on_entry, with_kwargs=True) for block in self.modules]
+        return entries + [block.register_forward_hook(self.on_exit, prepend=True) for block in self.modules]
 
-        def on_entry(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._longer(prompt, block, args, kwargs)
-
-        def on_exit(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return self._shorter(prompt, block, output)
-
-        entries = [block.register_forward_pre_hook(on_entry, with_kwargs=True) for block in self.modules]
-        return entries + [block.register_forward_hook(on_exit) for block in self.modules]
-
-    def _longer(self, prompt: Prompt, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_entry(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block is given the prompt's states in front of its own."""
         named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         given = dict(named)
         name, states = next((name, value) for name, value in given.items() if isinstance(value, Tensor))
-        asked = prompt(len(states), 0)
+        asked = self.prompt(len(states), 0)
         if asked is None:
             return None
         tokens, length = states.shape[1], asked.shape[1]
         given = {key: _lengthened(key, value, tokens, length) for key, value in given.items()}
-        given[name] = torch.cat([self._entering(prompt, block, states), states], 1)
+        given[name] = torch.cat([self._entering(block, states), states], 1)
         return tuple(given.pop(place) for place in range(len(args))), given
 
-    def _entering(self, prompt: Prompt, block: nn.Module, states: Tensor) -> Tensor:
+    def _entering(self, block: nn.Module, states: Tensor) -> Tensor:
         """(b, p, d) the prompt's states in front of a block; a block that is left out in training hands none on."""
         kept = self._kept()
         if block is self.modules[0] and current() is None:
             kept.clear()
         if self not in kept:
-            kept[self] = prompt(len(states), self.width)
+            kept[self] = self.prompt(len(states), self.width)
         entering: Tensor = kept[self]
         return entering.to(states.dtype)
 
-    def _shorter(self, prompt: Prompt, block: nn.Module, output: Any) -> Any:
+    def on_exit(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The block gives its own states, the prompt's are kept for the next one."""
         states = output if isinstance(output, Tensor) else output[0]
-        asked = prompt(len(states), 0)
+        asked = self.prompt(len(states), 0)
         if asked is None:
             return None
         length = asked.shape[1]

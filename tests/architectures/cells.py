@@ -74,13 +74,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.plain, self.batch, self.wanted = self.bare.plain, self.bare.batch, self.bare.wanted
-        self.model = with_adapters(self.plain)
-
-    @property
-    def config(self) -> AdapterConfig:
-        """The method's, for this model."""
-        everywhere = {} if "attention" in self.bare.facts else EVERYWHERE
-        return everywhere.get(self.method, METHODS[self.method])
+        self.model, self.config = with_adapters(self.plain), METHODS[self.method]
 
 
 def _passes(check: Callable[[], None]) -> bool:
@@ -126,12 +120,12 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     )
 
 
-def disturb(model: Any, name: str, seed: int = 3) -> None:
+def disturb(model: Any, name: str, seed: int = 3, scale: float = 0.3) -> None:
     """Move the adapter's parameters, so that it does something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in own_parameters(model, name):
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=0.3)
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=scale)
 
 
 def own_parameters(model: Any, name: str) -> list[Tensor]:
@@ -153,7 +147,13 @@ def nothing_changes(case: Case) -> None:
 
 def adding(case: Case) -> None:
     """An adapter can be added."""
-    case.model.add_adapter("a", case.config)
+    try:
+        case.model.add_adapter("a", case.config)
+    except AdapterError:
+        if "attention" in case.bare.facts or case.method not in EVERYWHERE:
+            raise
+        case.config = EVERYWHERE[case.method]
+        case.model.add_adapter("a", case.config)
 
 
 def acting(case: Case) -> None:
@@ -237,8 +237,11 @@ def parallel(case: Case) -> None:
     disturb(case.model, "b", seed=4)
     single = [active(case.model, case.batch, name) for name in "ab"]
     found = active(case.model, case.batch, Parallel("a", "b"))
-    wanted = [torch.cat(pair) for pair in zip(*single, strict=True) if pair[0].dim()]
-    close([one for one in found if one.dim()], wanted, "Parallel is not the single runs")
+    pairs = list(zip(*single, strict=True))
+    fitting = [bool(one.dim()) and one.shape[1:] == other.shape[1:] for one, other in pairs]  # speech has any length
+    wanted = [torch.cat(pair) for pair, fits in zip(pairs, fitting, strict=True) if fits]
+    require(len(wanted) > 0, "no output has one length")
+    close([one for one, fits in zip(found, fitting, strict=True) if fits], wanted, "Parallel is not the single runs")
 
 
 def checkpointing(case: Case) -> None:
@@ -263,6 +266,7 @@ def gradients_of(model: Any, batch: dict[str, Any], name: str, again: bool) -> l
 def halved(case: Case) -> None:
     """In bfloat16 it runs and acts."""
     model = copy.deepcopy(case.model).to(torch.bfloat16)
+    disturb(model, "a", scale=3.0)  # eight bits show no small change
     batch = {name: to_half(value) for name, value in case.batch.items()}
     found = active(model, batch, "a")
     require(all(torch.isfinite(one).all() for one in found), "in bfloat16 the output is not finite")

@@ -67,11 +67,15 @@ def test_positions_in_front_of_the_batch():
 VISION = Qwen2VLConfig(vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32}).vision_config
 
 
-@pytest.mark.parametrize("method", ["loreft", "direft"])
-def test_what_has_no_positions_is_refused_each_time(method):
-    model = Qwen2VisionTransformerPretrainedModel(VISION)
+def test_the_first_positions_of_each_image_of_those_in_one_dimension():
+    torch.manual_seed(0)
+    model = Qwen2VisionTransformerPretrainedModel(VISION).eval()
     adapters.init(model)
-    for name in "ab":
-        with pytest.raises(AdapterError, match="positions of all rows in one dimension"):
-            model.add_adapter(name, method)
-    assert not model.adapters_config.adapters
+    model.add_adapter("a", LoReftConfig(r=2, prefix_positions=2, suffix_positions=1))
+    pixels = torch.randn(24, 3 * 2 * 14 * 14)
+    grid = torch.tensor([[1, 4, 4], [1, 2, 4]])
+    change = changed(model, "blocks.0", hidden_states=pixels, grid_thw=grid)
+    assert change.abs().sum(-1).nonzero()[:, 0].tolist() == [0, 1, 15, 16, 17, 23]
+    model.blocks[0].forward = lambda hidden, **kwargs: hidden[:5]
+    with pytest.raises(AdapterError, match=r"has 5 states for images of \[16, 8\] patches"):
+        model(hidden_states=pixels, grid_thw=grid)
