@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     HfArgumentParser,
     PreTrainedModel,
@@ -31,6 +33,7 @@ from adapters.training import (
     Seq2SeqAdapterTrainingArguments,
     setup_adapter_training,
 )
+from adapters.training.checkpoint import load_trained
 from adapters.training.resume import last_complete_checkpoint
 
 CONFIG = BertConfig(
@@ -351,6 +354,35 @@ def test_what_is_saved(make: Callable[[], PreTrainedModel], tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {*model.adapters_config, *fusions, *heads}
     other = {"trained_base_parameters.safetensors"} if make is embeddings else set()
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"training_args.bin"} | other
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_checkpoint_holds_no_weights_of_the_base_model(named: bool, tmp_path: Path):
+    """Of a head that is tied to the embeddings only its own layers are written, and it comes back whole."""
+
+    def language_model(seed: int) -> PreTrainedModel:
+        set_seed(0)
+        config = copy.deepcopy(CONFIG)
+        model = AutoAdapterModel.from_config(config) if named else BertForMaskedLM(config)
+        set_seed(seed)
+        if named:
+            model.add_masked_lm_head("a")
+        else:
+            adapters.init(model)
+            torch.nn.init.normal_(model.cls.predictions.transform.dense.weight)
+        model.add_adapter("a")
+        model.train_adapter("a")
+        return model.eval()
+
+    model = language_model(1)
+    AdapterTrainer(model, arguments(tmp_path), train_dataset=ROWS).save_model()
+    shapes = {value.shape for file in tmp_path.rglob("*.safetensors") for value in load_file(file).values()}
+    assert shapes and model.get_input_embeddings().weight.shape not in shapes
+    fresh = language_model(2)
+    ids = torch.tensor([ROWS[0]["input_ids"]])
+    assert not torch.equal(fresh(ids).logits, model(ids).logits)
+    load_trained(fresh, str(tmp_path))
+    assert torch.equal(fresh(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("make", SETUPS)

@@ -255,8 +255,9 @@ def place_head(
         model.config.label2id = labels
         model.config.id2label = {index: label for label, index in labels.items()}
     slots = _slots(model, head.name)
-    fit = weights.compare(slots, head.weights, (), "", asked, origin(head.file, model))
     tied = _tied_to_base(model, slots)
+    needed = {key: parts for key, parts in slots.items() if key in head.weights or key not in tied}
+    fit = weights.compare(needed, head.weights, (), "", asked, origin(head.file, model))
     own = {key: value for key, value in fit.matched.items() if key not in tied}
     before = {key: slots[key][0].detach().clone() for key in own}
     undo.callback(weights.fill, slots, before)
@@ -264,8 +265,7 @@ def place_head(
     undo.callback(setattr, model, "words_are_loaded", model.words_are_loaded)
     model.words_are_loaded |= not words_of(model).isdisjoint(id(slots[key][0]) for key in own)
     _warn_of_other_embeddings(slots, {key: fit.matched[key] for key in tied & fit.matched.keys()}, asked)
-    missing = [key for key in fit.missing if key not in tied]
-    weights.report(weights.Fit(fit.matched, missing, fit.unexpected), asked, loading_info)
+    weights.report(fit, asked, loading_info)
 
 
 def words_of(model: "ModelAdaptersMixin") -> set[int]:
@@ -308,6 +308,11 @@ def _slots(model: "ModelAdaptersMixin", name: str | None) -> Slots:
         backbone = {path for path, part in model.named_children() if isinstance(part, (PreTrainedModel, nn.Embedding))}
     state = {key: (tensor,) for key, tensor in model.state_dict(keep_vars=True).items() if not OF_ADAPTERS.search(key)}
     return {key: parts for key, parts in state.items() if key.partition(".")[0] not in backbone}
+
+
+def tied_weights(model: "ModelAdaptersMixin", name: str | None) -> set[str]:
+    """The keys of a head's tensors that are weights of the base model too."""
+    return _tied_to_base(model, _slots(model, name))
 
 
 def _tied_to_base(model: "ModelAdaptersMixin", slots: Slots) -> set[str]:

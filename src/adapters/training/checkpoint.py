@@ -1,6 +1,7 @@
 """What a trainer writes of a model and reads back: its adapters, fusions, heads and other trained weights."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..checkpoints import adapterhub, atomic, files, fusion, heads
 from ..checkpoints.adapterhub import load_adapter
-from ..checkpoints.files import ADAPTER, FUSION, HEAD
+from ..checkpoints.files import ADAPTER, FUSION, HEAD, Content, Gone
 from ..checkpoints.fusion import load_adapter_fusion
 from ..checkpoints.heads import load_head
 from ..checkpoints.placing import all_or_nothing
@@ -27,17 +28,20 @@ OTHER_WEIGHTS = "trained_base_parameters.safetensors"
 def save_trained(model: ModelAdaptersMixin, folder: str, with_fusions: bool, write: bool = True) -> None:
     """Writes each adapter, each fusion if `with_fusions`, and each head into a folder of its name: all or none.
 
+    Heads are written without the weights that are tied to the base model's: a checkpoint holds none of those.
+
     write: False in processes that only give their parts of the tensors.
     """
 
     def contents() -> Iterator[tuple[str, files.Contents]]:
         for name in model.adapters_config:
-            yield name, adapterhub.contents_of(model, name, True, adapterhub.config_id(model, name))
+            found = adapterhub.contents_of(model, name, True, adapterhub.config_id(model, name))
+            yield name, {kind: _own(model, name, each) if kind == HEAD else each for kind, each in found.items()}
         for name in model.adapters_config.fusions if with_fusions else ():
             yield name, fusion.contents_of(model, name, False, fusion.config_id(model, name))
         for name in model.heads if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else ():
             if name not in model.adapters_config and (head := heads.content(model, name)):
-                yield name, {HEAD: head}
+                yield name, {HEAD: _own(model, name, head)}
 
     weights = {name: copied(parameter) for name, parameter in _other_trained(model).items()}
     if not write:
@@ -88,6 +92,15 @@ def _require_active(model: ModelAdaptersMixin, folder: str, saved: set[str]) -> 
             f"resume from {folder!r}: the active {listing(missing)} is not there, only {listing(sorted(saved))}; all "
             "active adapters must be. Activate what was trained, or give the checkpoint of this training."
         )
+
+
+def _own(model: ModelAdaptersMixin, name: str, head: Content | Gone) -> Content | Gone:
+    """A head's content without weights of the base model."""
+    if isinstance(head, Gone):
+        return head
+    flexible = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
+    tied = heads.tied_weights(model, name if flexible else None)
+    return replace(head, weights={key: tensor for key, tensor in head.weights.items() if key not in tied})
 
 
 def _other_trained(model: ModelAdaptersMixin) -> dict[str, nn.Parameter]:
