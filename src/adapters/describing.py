@@ -112,12 +112,14 @@ def describe(model: Any, methods: Iterable[Any] | None = None, interface: Any = 
     Example:
         >>> print(adapters.describe(model))
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, torch.nn.Module) else ()
+    shared = {id(tensor): tensor for tensor in tensors}
     with torch.random.fork_rng():
         probe = copy.deepcopy(model, shared)
         init(probe, interface=interface)
         identifiers = {config: name for name, config in reversed(ADAPTER_CONFIG_MAP.items())}  # without aliases
         asked = list(identifiers.values())[::-1] if methods is None else methods
+        asked = [asked] if isinstance(asked, (str, AdapterConfig)) else asked
         tried = [(_name(method), AdapterConfig.load(method)) for method in asked]
         found = tuple(_tried(probe, name, config) for name, config in tried)
     return Description(type(model).__name__, tuple(_groups(probe.adapter_sites)), found)

@@ -16,6 +16,7 @@ from .containers import child, child_dict, remove_child
 from .errors import AdapterError, listing
 from .interface import AdapterMethod
 from .method import AdapterModule, methods_of, seeded
+from .sharded import computed_in_parts, device_at
 from .sites import Site
 from .sublayers import SublayerSite
 from .topology import Anatomy
@@ -35,7 +36,8 @@ def place(sites: SiteMap, name: str, config: AdapterConfig) -> None:
     check_layers(sites.anatomy, f"add_adapter({name!r}, {type(config).__name__}(leave_out={left_out}))", left_out)
     _check_asked(sites, name, config)
     _check_modules(sites, name, config)
-    config.check_sites([site for method in methods_of(config) for site in _chosen(sites, config, method.site_type)])
+    every = [site for method in methods_of(config) for site in sites.of(method.site_type)]
+    config.check_sites([site for site in every if _is_in(sites, site.module_path, config.modules)])
     found = [place_method(sites, name, config, method) for method in methods_of(config)]
     if not any(found):
         _refuse(sites, name, config)
@@ -43,7 +45,13 @@ def place(sites: SiteMap, name: str, config: AdapterConfig) -> None:
 
 def place_method(sites: SiteMap, name: str, config: AdapterConfig, method: type[AdapterModule[Any]]) -> bool:
     """Build a method's modules; False if it wants none."""
-    places = [site for site in _chosen(sites, config, method.site_type) if method.wants(config, site)]
+    wanted = [site for site in sites.of(method.site_type) if method.wants(config, site)]
+    places = [site for site in wanted if _is_in(sites, site.module_path, config.modules)]
+    if wanted and not places:
+        raise AdapterError(
+            f"add_adapter({name!r}, {type(config).__name__}(modules={config.modules})): all places of its "
+            f"{method.__name__} are outside of these, such as {wanted[0].module_path or 'the whole'!r}; name them."
+        )
     taken = [site for site in places if name in site.adapters]
     if taken:
         raise AdapterError(
@@ -70,14 +78,10 @@ def place_method(sites: SiteMap, name: str, config: AdapterConfig, method: type[
     return bool(places)
 
 
-def _chosen(sites: SiteMap, config: AdapterConfig, kind: type[Site]) -> list[Site]:
-    """The sites of a class in the parts of the model that `config` names."""
-    found, parts = list(sites.of(kind)), config.modules
-    return found if parts is None else [site for site in found if _is_in(sites, site.module_path, parts)]
-
-
-def _is_in(sites: SiteMap, path: str, parts: Iterable[str]) -> bool:
-    """Whether a module is in one of these parts, by their names or as patterns of paths."""
+def _is_in(sites: SiteMap, path: str, parts: Iterable[str] | None) -> bool:
+    """Whether a module is in one of these parts, by their names or as patterns of paths; None: in all."""
+    if parts is None:
+        return True
     first = path.partition(".")[0]
     names = {
         first,
@@ -154,6 +158,12 @@ def _check_host(base_model: nn.Module, name: str, site: Site) -> None:
             f"add_adapter({name!r}): the module at {site.host_path} is not the one that adapters.init saw; change "
             "modules before adapters.init."
         )
+    if site.kind in ("linear", "attention") and computed_in_parts(site.host):
+        raise AdapterError(
+            f"add_adapter({name!r}): tensor parallelism computes {site.host_path} in parts, one in each process, where "
+            "this method needs all of it; add a bottleneck, ReFT, prompt or invertible adapter, or load the model "
+            "without tp_plan (FSDP shares it out too, and takes every method)."
+        )
 
 
 def _refuse(sites: SiteMap, name: str, config: AdapterConfig) -> None:
@@ -169,12 +179,13 @@ def _refuse(sites: SiteMap, name: str, config: AdapterConfig) -> None:
     raise AdapterError(
         f"add_adapter({name!r}, {type(config).__name__}): no place for it in {type(sites.base_model).__name__}; "
         f"this model has the locations {listing(known)} for the method. Switch one of them on in the "
-        "configuration, or check leave_out and modules."
+        "configuration, or check leave_out."
     )
 
 
 def _put_shared(sites: SiteMap, container: str, name: str, module: nn.Module, keep_dtype: bool) -> None:
-    module.to(**_factory(next(sites.base_model.parameters()), keep_dtype)).train(sites.base_model.training)
+    factory = _factory(sites.base_model, next(sites.base_model.parameters()), keep_dtype)
+    module.to(**factory).train(sites.base_model.training)
     parent = sites.base_model
     *above, last = container.split(".")
     for part in above:
@@ -193,14 +204,14 @@ def drop_shared(base_model: nn.Module, container: str, name: str) -> None:
         remove_child(parent, parts[depth - 1])
 
 
-def _factory(reference: torch.Tensor, keep_dtype: bool) -> Mapping[str, Any]:
+def _factory(host: nn.Module, reference: torch.Tensor, keep_dtype: bool) -> Mapping[str, Any]:
     dtype = {"dtype": reference.dtype} if reference.dtype.is_floating_point and not keep_dtype else {}
-    return {"device": reference.device, **dtype}
+    return {"device": device_at(host, reference), **dtype}
 
 
 def like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
     """Give a new module the device, dtype and mode of its host; moving is slow, so it is done only where it is due."""
-    factory = _factory(site.reference, keep_dtype)
+    factory = _factory(site.host, site.reference, keep_dtype)
     tensors: Iterable[torch.Tensor] = chain(module.parameters(), module.buffers())
     if not module._modules:
         tensors = filter(torch.is_tensor, chain(module._parameters.values(), module._buffers.values()))

@@ -130,12 +130,13 @@ class QuantisedWeight:
 
 @contextmanager
 def shapes_alone(model: nn.Module) -> Iterator[None]:
-    """Quantised maps, which have no meta form, give tensors of the right shape."""
-    maps = [module for module in model.modules() if is_quantised(module)]
+    """Quantised maps and fused experts, which have no meta form, give tensors of the right shape."""
+    fused = "has_post_expert_norm"  # every module of experts has it that transformers can compute in several ways
+    maps = [module for module in model.modules() if is_quantised(module) or fused in vars(module)]
     own = [vars(module).get("forward") for module in maps]
     for module in maps:
         _, outputs = linear_shape(module) or (0, 0)
-        vars(module)["forward"] = lambda x, outputs=outputs: x.new_zeros(*x.shape[:-1], outputs)
+        vars(module)["forward"] = lambda x, *_, outputs=outputs: x.new_zeros(*x.shape[:-1], outputs or x.shape[-1])
     try:
         yield
     finally:

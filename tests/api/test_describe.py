@@ -75,6 +75,15 @@ def test_configurations_and_taken_names():
     assert (row.method, row.applies) == ("LoRAConfig", False)
 
 
+def test_one_method_and_what_is_no_model():
+    assert [row.method for row in adapters.describe(MODELS["bert"](), "lora").methods] == ["lora"]
+    for wrong in (None, "bert-base-uncased", torch.nn.Linear(2, 2)):
+        with pytest.raises(AdapterError, match="it is no transformers model"):
+            adapters.describe(wrong)
+    with pytest.raises(AdapterError, match=r"did you mean|Could not identify"):
+        adapters.describe(MODELS["bert"](), ["loar"])
+
+
 def test_the_picture(tmp_path):
     found = adapters.describe(MODELS["clip"](), ["lora", "prefix_tuning_flat"])
     found.save(tmp_path / "sites.svg")

@@ -154,8 +154,11 @@ def test_a_part_that_the_model_does_not_have():
     model, _, _ = made("clip")
     with pytest.raises(AdapterError, match=r"'visoin' is no part of CLIPModel; its parts are 'text', 'vision'"):
         model.add_adapter("a", LoRAConfig(modules=["text", "visoin"]))
-    with pytest.raises(AdapterError, match="check leave_out and modules"):
-        model.add_adapter("a", LoRAConfig(modules="visual_projection"))
+    for method in ("lora", "seq_bn"):
+        with pytest.raises(AdapterError, match=r"are outside of these, such as 'text_model\.encoder\.layers\.0"):
+            model.add_adapter("a", AdapterConfig.load(method, modules="visual_projection"))
+    with pytest.raises(AdapterError, match=r"all places of its .* are outside of these"):  # the embeddings are text's
+        model.add_adapter("a", AdapterConfig.load("seq_bn_inv", modules="vision"))
     assert list(model.adapters_config) == []
     with pytest.raises(ConfigError, match="a fusion sits where its adapters do"):
         adapters.DynamicAdapterFusionConfig(modules="text")

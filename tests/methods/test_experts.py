@@ -274,3 +274,14 @@ def test_models_without_experts():
     adapters.init(model)
     with pytest.raises(AdapterError, match="has no site for 'router_lora'"):
         model.add_adapter("a", ROUTER)
+
+
+@every_model
+def test_weights_without_data(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    adapters.init(model)
+    for method in ("double_seq_bn", OWN, ROUTER):
+        model.add_adapter(f"a{len(model.adapters_config)}", method)
+    assert len(model.adapter_sites.holding("a0")) == 4
+    assert all(parameter.is_meta for parameter in model.parameters())
