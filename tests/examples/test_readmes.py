@@ -29,6 +29,7 @@ def commands(page: Path) -> list[list[str]]:
 COMMANDS = [(page.parent, command) for page in sorted(SCRIPTS.glob("*/README.md")) for command in commands(page)]
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # TRL sets it by the old name
 @pytest.mark.parametrize(
     ("folder", "command"), COMMANDS, ids=[f"{folder.name}-{number}" for number, (folder, _) in enumerate(COMMANDS)]
 )
