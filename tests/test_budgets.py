@@ -14,10 +14,10 @@ TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
 FILE_LINES, METHOD_LINES, FUNCTION_LINES = 400, 300, 40
 # Lines of code of each part. Methods have none: each is a file that nobody has to know but its readers, and their
 # number is to grow.
-PART_LINES = {"": 6_500, "checkpoints": 3_200, "heads": 1_700, "configuration": 700, "training": 800}
+PART_LINES = {"": 7_500, "checkpoints": 3_250, "heads": 1_700, "configuration": 700, "training": 800}
 EXCEPTIONS = {"model.py": 600}
 # A part may import the parts before it. `import adapters` itself imports none: its names are resolved on first use.
-ORDER = ["errors", "configuration", "signals", "composition", "context", "containers", "derived"]
+ORDER = ["errors", "configuration", "signals", "composition", "context", "containers", "derived", "sharded"]
 ORDER += [
     "grouping",
     "evaluation",
@@ -28,7 +28,6 @@ ORDER += [
     "described",
     "samples",
     "quantised",
-    "sharded",
     "merging",
     "standing_in",
     "trace",
