@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .composition import Average, Block, Setup, Stack
 from .errors import AdapterError, CompositionError, listing
 from .quantised import QuantisedWeight, is_quantised
+from .sharded import is_sharded
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -83,6 +84,11 @@ class Merge:
 
     def _merge(self, site: Site, plan: Setup, quantised: bool) -> None:
         weight, bias = site.weight, site.bias
+        if site.reference.is_meta or is_sharded(site.reference):
+            raise AdapterError(
+                f"{self.asked}: the weights at {site.path} are not here, but offloaded or shared out over processes; "
+                "merge into a model that was loaded in one piece."
+            )
         if weight is None or not weight.is_floating_point():
             names = plan.leaves() if isinstance(plan, Block) else [str(plan)]
             kinds = {name: type(site.adapters[name]).__name__ for name in names if name in site.adapters}

@@ -16,6 +16,7 @@ from .containers import child, child_dict, remove_child
 from .errors import AdapterError, listing
 from .interface import AdapterMethod
 from .method import AdapterModule, methods_of, seeded
+from .sharded import computed_in_parts, device_at
 from .sites import Site
 from .sublayers import SublayerSite
 from .topology import Anatomy
@@ -157,6 +158,12 @@ def _check_host(base_model: nn.Module, name: str, site: Site) -> None:
             f"add_adapter({name!r}): the module at {site.host_path} is not the one that adapters.init saw; change "
             "modules before adapters.init."
         )
+    if site.kind in ("linear", "attention") and computed_in_parts(site.host):
+        raise AdapterError(
+            f"add_adapter({name!r}): tensor parallelism computes {site.host_path} in parts, one in each process, where "
+            "this method needs all of it; add a bottleneck, ReFT, prompt or invertible adapter, or load the model "
+            "without tp_plan (FSDP shares it out too, and takes every method)."
+        )
 
 
 def _refuse(sites: SiteMap, name: str, config: AdapterConfig) -> None:
@@ -177,7 +184,8 @@ def _refuse(sites: SiteMap, name: str, config: AdapterConfig) -> None:
 
 
 def _put_shared(sites: SiteMap, container: str, name: str, module: nn.Module, keep_dtype: bool) -> None:
-    module.to(**_factory(next(sites.base_model.parameters()), keep_dtype)).train(sites.base_model.training)
+    factory = _factory(sites.base_model, next(sites.base_model.parameters()), keep_dtype)
+    module.to(**factory).train(sites.base_model.training)
     parent = sites.base_model
     *above, last = container.split(".")
     for part in above:
@@ -196,14 +204,14 @@ def drop_shared(base_model: nn.Module, container: str, name: str) -> None:
         remove_child(parent, parts[depth - 1])
 
 
-def _factory(reference: torch.Tensor, keep_dtype: bool) -> Mapping[str, Any]:
+def _factory(host: nn.Module, reference: torch.Tensor, keep_dtype: bool) -> Mapping[str, Any]:
     dtype = {"dtype": reference.dtype} if reference.dtype.is_floating_point and not keep_dtype else {}
-    return {"device": reference.device, **dtype}
+    return {"device": device_at(host, reference), **dtype}
 
 
 def like(site: Site, module: nn.Module, keep_dtype: bool) -> None:
     """Give a new module the device, dtype and mode of its host; moving is slow, so it is done only where it is due."""
-    factory = _factory(site.reference, keep_dtype)
+    factory = _factory(site.host, site.reference, keep_dtype)
     tensors: Iterable[torch.Tensor] = chain(module.parameters(), module.buffers())
     if not module._modules:
         tensors = filter(torch.is_tensor, chain(module._parameters.values(), module._buffers.values()))

@@ -24,6 +24,7 @@ from .context import AdapterSetup
 from .errors import AdapterError
 from .quantised import shapes_alone
 from .samples import ROWS, Sample
+from .sharded import without_loading
 from .topology import Block
 
 PASS_THROUGH = {"dropout", "to", "type", "type_as", "float", "contiguous", "reshape", "view", "clone", "flatten"}
@@ -235,8 +236,8 @@ def _of_block(watcher: Watcher, block: Block, blocks: Collection[nn.Module]) -> 
 
 def watch(watcher: Watcher, model: nn.Module, blocks: list[Block]) -> None:
     """Let `watcher` see one pass of a model."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    named = (*model.named_parameters(), *model.named_buffers())
+    meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in named}
     cross = any(core.role == "cross_attention" for block in blocks for core in block.cores)
     try:
         inputs = _inputs(model, torch.device("meta"), cross)
@@ -248,8 +249,8 @@ def watch(watcher: Watcher, model: nn.Module, blocks: list[Block]) -> None:
 
 
 def _run(watcher: Watcher, base_model: nn.Module, call: Callable[[], Any]) -> None:
-    hooked = _hooked(base_model, watcher)
-    with torch.no_grad(), AdapterSetup(None), _evaluating(base_model), hooked, shapes_alone(base_model), watcher:
+    hooked, alone = _hooked(base_model, watcher), without_loading(base_model)
+    with torch.no_grad(), AdapterSetup(None), _evaluating(base_model), alone, hooked, shapes_alone(base_model), watcher:
         call()
 
 
@@ -257,17 +258,16 @@ def _run(watcher: Watcher, base_model: nn.Module, call: Callable[[], Any]) -> No
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, and with feed-forward layers that see whole sequences: a chunk is none of them."""
     modes = [(module, module.training) for module in model.modules()]
-    chunks = [module for module in model.modules() if vars(module).get("chunk_size_feed_forward")]
-    sizes = [module.chunk_size_feed_forward for module in chunks]
+    chunks: Any = {m: m.chunk_size_feed_forward for m in model.modules() if vars(m).get("chunk_size_feed_forward")}
     model.eval()
     for module in chunks:
-        module.chunk_size_feed_forward = 0  # type: ignore[assignment]
+        module.chunk_size_feed_forward = 0
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for module, size in zip(chunks, sizes, strict=True):
+        for module, size in chunks.items():
             module.chunk_size_feed_forward = size
 
 
