@@ -64,7 +64,8 @@ def test_every_method_works_or_says_why_not(folder, interface, tmp_path):
         adapters.init(other, interface=interface)
         other.load_adapter(tmp_path / method, set_active=True)
         torch.testing.assert_close(other(IDS)[0], adapted)
-    assert {"lora", "seq_bn", "double_seq_bn", "loreft"} <= {*works}
+    assert {"seq_bn", "double_seq_bn", "loreft"} <= {*works}
+    assert ("lora" in works) == (interface is not None)  # no rule knows what "frage" means
     assert {row.method for row in rows if not row.applies} >= {"prefix_tuning"}
 
 
