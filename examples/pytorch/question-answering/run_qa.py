@@ -123,7 +123,8 @@ def listed(answers: Any) -> dict[str, list[Any]]:
     return answers if answers is not None else {"text": [], "answer_start": []}
 
 
-def read_file(path: Path) -> Dataset:
+def read_rows(path: Path) -> list[Mapping[str, Any]]:
+    """The questions of a file, with the columns that they have there."""
     if not path.is_file():
         raise AdapterError(f"{path}: there is no such file; it must exist.")
     try:
@@ -133,7 +134,16 @@ def read_file(path: Path) -> Dataset:
     if not text.strip():
         raise AdapterError(f"{path}: the file is empty; it must have at least one question.")
     try:
-        rows = list(questions_of(parse(text)))
+        return [dict(row) for row in questions_of(parse(text))]
+    except KeyError as error:
+        raise AdapterError(f"{path}: a paragraph has no {error}; each must have context and qas.") from error
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{path}: it cannot be read as SQuAD's json ({error}); it must be valid.") from error
+
+
+def read_file(path: Path) -> Dataset:
+    rows = read_rows(path)
+    try:
         data = {name: [row[name] for row in rows] for name in ("id", "question", "context")}
         return Dataset.from_dict({**data, "answers": [listed({"answers": None, **row}["answers"]) for row in rows]})
     except KeyError as error:
@@ -142,7 +152,7 @@ def read_file(path: Path) -> Dataset:
             "answer_start."
         ) from error
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{path}: it cannot be read as SQuAD's json ({error}); it must be valid.") from error
+        raise AdapterError(f"{path}: its answers cannot be read ({error}); they must have text and start.") from error
 
 
 def read_data(data_args: DataTrainingArguments, model_args: ModelArguments) -> DatasetDict:
