@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Self, cast
 
@@ -22,6 +23,8 @@ from .samples import ROWS
 from .signals import PrefixSignal
 from .topology import Block, Core
 from .trace import Call, Watcher, parts, tensors_in, watch
+
+REPLACED = "is replaced by the model itself when it runs on a short input, where no prefix would be left"
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,26 @@ def survey(base_model: nn.Module, blocks: list[Block]) -> tuple[dict[nn.Module, 
         if not missing:
             continue
         seen = Survey(cores)
-        attempt(functools.partial(watch, seen, part, missing))
+        with _as_before(base_model):
+            attempt(functools.partial(watch, seen, part, missing))
+            gone = [module for module, core in cores.items() if base_model.get_submodule(core.path) is not module]
         run |= {call.module for call in seen.calls if call.end}
         shapes |= {module: _complete(shape) for module, shape in seen.shapes.items() if module in run}
+        shapes |= {module: Shape(0, 0, 0, refused=REPLACED) for module in gone}
     return shapes, run
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Undoes what a model changes in its own modules when it runs: BigBird drops its sparse attention for good."""
+    known = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, values, children in known:
+            vars(module).update(values)
+            module._modules.clear()
+            module._modules.update(children)
 
 
 def _complete(shape: Shape) -> Shape:
