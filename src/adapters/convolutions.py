@@ -17,6 +17,20 @@ def convolution_shape(module: nn.Module) -> tuple[int, int] | None:
     return module.weight[0].numel(), module.out_channels
 
 
+def convolves(module: nn.Module, least: int) -> bool:
+    """Whether a module holds so many convolutions, of any kind, and is no list or sequence itself."""
+    return not isinstance(module, (nn.ModuleList, nn.Sequential)) and len(_convolutions(module)) >= least
+
+
+def channels_of(block: nn.Module) -> int:
+    """The channels of the last convolution; 0 if there is none."""
+    return [0, *(child.out_channels for child in _convolutions(block))][-1]
+
+
+def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    return [child for child in module.modules() if isinstance(child, nn.Conv2d)]
+
+
 def patches(module: nn.Module, images: Tensor) -> Tensor:
     """(b, s, c k k) what the kernel of a convolution sees of images (b, c, h, w), output by output."""
     kernel = cast(nn.Conv2d, module)

@@ -22,7 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from .containers import AdapterDict
-from .convolutions import convolution_shape
+from .convolutions import channels_of, convolution_shape, convolves
 from .interface import AdapterModelInterface
 from .interfaces import SWAPPED_FEED_FORWARD
 
@@ -247,7 +247,7 @@ def linear_maps(model: nn.Module, path: str = "") -> Iterator[Linear]:
 def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The blocks, by path: in the innermost lists of equal modules that all attend, and in lists of which some do.
 
-    In a model without attention, the innermost lists of modules that hold more than one linear map.
+    In a model without attention, the innermost lists of modules with two linear maps; without these, with convolutions.
     """
     lists = {
         path: module
@@ -265,9 +265,9 @@ def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for path in mixed:  # the outermost comes first
         if not any(path.startswith(f"{other}.") or other.startswith(f"{path}.") or path == other for other in chosen):
             chosen.append(path)
-    if not chosen:
-        plain = [path for path, module in lists.items() if all(_is_block(child) for child in module)]
-        chosen = [path for path in plain if not any(other.startswith(f"{path}.") for other in plain)]
+    for is_block in (_is_block, functools.partial(convolves, least=2), functools.partial(convolves, least=1)):
+        plain = [path for path, module in lists.items() if all(map(is_block, module))] if not chosen else []
+        chosen += [path for path in plain if not any(other.startswith(f"{path}.") for other in plain)]
     return [
         (f"{path}.{name}", child)
         for path, module in lists.items()
@@ -318,12 +318,13 @@ def linears_below(block: nn.Module, path: str) -> list[Linear]:
 
 
 def width_of(block: nn.Module, linears: list[Linear]) -> int:
-    """d: of the sizes of the block's norms that some maps are given and some give, the one that most do."""
+    """d: of the sizes of its norms that some maps are given and some give, the one that most do, or ``channels_of``."""
     given, made = Counter(linear.inputs for linear in linears), Counter(linear.outputs for linear in linears)
     weights = (child._parameters.get("weight") for child in block.modules() if "norm" in type(child).__name__.lower())
     normed = {weight.shape[0] for weight in weights if weight is not None and weight.dim() == 1}
     both = given.keys() & made.keys()
-    return max(both & normed or both or given, key=lambda size: given[size] + made[size], default=0)
+    channels = channels_of(block)
+    return max(both & normed or both or given, key=lambda size: given[size] + made[size], default=channels)
 
 
 def _cores(block: nn.Module, path: str, config: object, linears: list[Linear], width: int) -> Iterator[Core]:

@@ -47,6 +47,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron": {"with": {"head_dim": 8}},
     "pocket_tts": {"with": {"flow_head_config": {"condition_dim": 32}}},
     "pop2piano": {"with": {"is_decoder": False, "use_cache": False}},
+    "resnet": {"with": {"depths": [2, 1, 1, 1]}},  # of a stage's blocks the first adds no stream to what it gives
+    "rt_detr_resnet": {"with": {"depths": [2, 1, 1, 1]}},
+    "upernet": {"with": {"backbone_config": {"depths": [2, 1, 1, 1]}}},
     "recurrent_gemma": {"with": {"num_hidden_layers": 3}},
     "step3p5": {"with": {"sliding_window": 8}},
     "step3p7": {"with": {"text_config": {"sliding_window": 8}}},
