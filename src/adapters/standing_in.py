@@ -40,7 +40,7 @@ class StandIn:
         self.site = site
         self._handles: list[RemovableHandle] = []
 
-    @property
+    @functools.cached_property
     def reader(self) -> nn.Module | None:
         """The parent of a map that is never called; None if it is."""
         path, _, name = self.site.host_path.rpartition(".")

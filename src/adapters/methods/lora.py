@@ -359,8 +359,9 @@ class LoRA(LowRankChange):
 
     def forward(self, signal: LinearSignal) -> LinearSignal:
         """See the class."""
-        x, gate = self.dropped(signal.x, self.lora_A.dtype), self.opened(signal)
-        changed = plus_low_rank(signal, x, *self.factors(), self.scale, gate)
+        down, up = self.factors()
+        x, gate = self.dropped(signal.x, down.dtype), self.opened(signal)
+        changed = plus_low_rank(signal, x, down, up, self.scale, gate)
         if self.bias is None:
             return changed
         bias = self.bias * self.scale if gate is None else self.bias * self.scale * gate[:, None]
