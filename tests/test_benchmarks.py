@@ -49,3 +49,24 @@ def test_loading_is_compared_with_peft():
     printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     assert [line.split(" | ")[0] for line in printed.splitlines()[2:4]] == ["| adapters", "| PEFT"]
     assert float(printed.split("loaded LoRAs: ")[1].split()[0]) <= 1.05
+
+
+def test_what_training_costs_is_measured():
+    """Both loops and a step in a process of its own; the command itself starts eight."""
+    code = """
+import torch
+from benchmarks.training import CHECKPOINTED, figure, overhead, step_here
+from benchmarks.models import TINY
+torch.set_num_threads(1)
+print(overhead(TINY, 2, 1))
+step = step_here("LoRA", "tiny", "yes")
+assert 0 < step["MB"] < step["process"] and step["seconds"] > 0
+assert figure(*[{name: step for name in CHECKPOINTED}] * 2).count("<rect") == 12
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    assert [line.split(" | ")[0].strip("| ") for line in printed.splitlines() if line.startswith("| ")][1:] == [
+        "bare loop",
+        "AdapterTrainer",
+    ]
