@@ -536,3 +536,30 @@ def test_the_checkpoint_to_resume(tmp_path: Path):
         AdapterTrainingArguments(str(tmp_path), do_train=True, overwrite_output_dir=True).checkpoint_to_resume() is None
     )
     assert AdapterTrainingArguments(str(tmp_path)).checkpoint_to_resume() is None
+
+
+def test_the_snippet_of_the_training_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Arguments without a folder for outputs, the tokenizer under its former name, no collator."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = adapter(), object()
+    training_args = TrainingArguments(learning_rate=1e-4, num_train_epochs=6)
+    trainer = AdapterTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        tokenizer=tokenizer,
+        compute_metrics=lambda predicted: {"rows": len(predicted.predictions)},
+    )
+    assert trainer.processing_class is tokenizer
+    trainer.processing_class = None  # which has no save_pretrained
+    assert trainer.train().global_step == 6 * 2
+    assert trainer.evaluate()["eval_rows"] == len(ROWS)
+
+
+def test_the_plain_trainer_saves_a_model_that_loads(tmp_path: Path):
+    model = static_head()
+    Trainer(model, arguments(tmp_path), train_dataset=ROWS).train()
+    model.save_pretrained(tmp_path)
+    loaded = adapters.load_model(str(tmp_path), BertForSequenceClassification)
+    assert not differing(state(model), state(loaded))
