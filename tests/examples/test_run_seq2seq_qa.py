@@ -97,8 +97,8 @@ def test_a_resumed_run_ends_as_an_unbroken_one(run: Run, place: Path):
 @pytest.mark.parametrize("negative", [False, True])
 def test_windows_hold_the_question_and_all_of_the_text(script: ModuleType, place: Path, negative: bool):
     tokenizer = AutoTokenizer.from_pretrained(place / "t5-small")
-    text = f"{' '.join([TEXT] * 3)} It was Zoe."
-    row = {"id": "a", "question": " by whom?", "context": text, "answers": {"text": ["Zoe"]}}
+    text = f"{' '.join([TEXT] * 3)} It was Pete."
+    row = {"id": "a", "question": " by whom?", "context": text, "answers": {"text": ["Pete"]}}
     options = script.DataTrainingArguments(
         train_file="x", max_seq_length=64, doc_stride=8, version_2_with_negative=negative, pad_to_max_length=False
     )
@@ -114,7 +114,7 @@ def test_windows_hold_the_question_and_all_of_the_text(script: ModuleType, place
         encoded = script.tokenize(data, split, tokenizer, options)
         assert encoded["row"][:] == [0] * number and all(len(ids) <= 64 for ids in encoded["input_ids"])
         answers = tokenizer.batch_decode(encoded["labels"][:], skip_special_tokens=True)
-        assert answers[-1] == "Zoe" and set(answers[:-1]) <= ({""} if negative else {"Zoe"})
+        assert answers[-1] == "Pete" and set(answers[:-1]) <= ({""} if negative else {"Pete"})
 
 
 def test_the_best_answer_of_the_windows_is_chosen(script: ModuleType, place: Path):
