@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .configuration.base import AdapterConfig
-from .errors import AdapterError, ConfigError, UnknownAdapterError, listing
+from .errors import AdapterError, ConfigError, UnknownAdapterError, check_type, listing
 from .methods.ia3 import IA3
 from .methods.lora import LoRA, LoRAConfig
 from .mixing import MIXINGS, Mixing
@@ -51,6 +52,8 @@ class Shares:
         Raises:
             AdapterError: there are no names, not as many weights, or weights of sum 0 that are to be normalised.
         """
+        check_type(f"{asked}: names", names, Iterable, "a list of names, or a dict of weights by name")
+        check_type(f"{asked}: weights", weights, (Iterable, NoneType), "a number for each, or None")
         if isinstance(names, Mapping):
             names, weights = list(names), list(names.values()) if weights is None else weights
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):

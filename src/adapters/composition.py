@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, TypeVar, overload
 
-from .errors import CompositionError, listing
+from .errors import CompositionError, ConfigError, listing
 
 
 class Block(Sequence["Setup"]):
@@ -364,7 +364,7 @@ def parse_composition(adapter_composition: Any, level: int | None = 0, model_typ
         deeper: Any = None if level is None else level + 1
         block = Fuse if level == 1 else Stack
         return block(*(parse_composition(child, deeper, model_type) for child in adapter_composition))
-    raise TypeError(
+    raise ConfigError(
         f"{adapter_composition!r}: a setup is an adapter name, a composition block or a list, not "
         f"{type(adapter_composition).__name__}."
     )

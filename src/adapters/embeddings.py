@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoints.atomic import finish_around, write_all
-from .errors import AdapterError, CheckpointError, listing, suggestion
+from .errors import AdapterError, CheckpointError, ConfigError, check_type, listing, suggestion, text_of
 from .topology import linear_shape
 from .vocabulary import LookupSite, OutputSite, input_table
 
@@ -100,6 +101,12 @@ class EmbeddingAdaptersMixin:
                 "the two is None. Give both or none."
             )
         table = self._new_name(asked, name)
+        check_type(f"{asked}: tokenizer", tokenizer, Sized, "a tokenizer, whose length is the number of words")
+        if reference_tokenizer is not None:
+            for given in (tokenizer, reference_tokenizer):
+                if not callable(getattr(given, "get_vocab", None)):
+                    raise ConfigError(f"{asked}: {given!r} has no get_vocab(); give the two tokenizers.")
+        check_type(f"{asked}: embedding_dim", embedding_dim, (int, NoneType), "a whole number, or None")
         source = None if reference_embedding is None else self._known(asked, reference_embedding).weight.detach()
         width = embedding_dim or table.embedding_dim
         weight = torch.randn(len(tokenizer), width, device=table.weight.device) * START
@@ -119,7 +126,8 @@ class EmbeddingAdaptersMixin:
         Example:
             >>> tokenizer = model.load_embeddings("out/tr", "tr")
         """
-        asked, file = f"load_embeddings({os.fspath(path)!r}, {name!r})", Path(path) / EMBEDDING_FILE
+        path = text_of("load_embeddings(path)", path)
+        asked, file = f"load_embeddings({path!r}, {name!r})", Path(path) / EMBEDDING_FILE
         table = self._new_name(asked, name)
         finish_around(Path(path))
         if not file.is_file():
@@ -143,6 +151,7 @@ class EmbeddingAdaptersMixin:
         Example:
             >>> model.save_embeddings("out/tr", "tr", turkish)
         """
+        path = text_of("save_embeddings(path)", path)
         weight = nn.Parameter(self._known("save_embeddings", name).weight.detach().cpu().clone())
         jobs: list[tuple[str, Callable[[Path], object]]] = [(EMBEDDING_FILE, lambda file: torch.save(weight, file))]
         with TemporaryDirectory() as folder:
@@ -204,7 +213,8 @@ class EmbeddingAdaptersMixin:
         self.set_active_embeddings(name)
 
     def _known(self, asked: str, name: str) -> nn.Embedding:
-        if name not in (tables := self.loaded_embeddings):
+        tables = self.loaded_embeddings
+        if not isinstance(name, str) or name not in tables:
             raise UnknownEmbeddingsError(f"{asked}: No embedding with name {name!r}; {suggestion(str(name), tables)}")
         return tables[name]
 
@@ -213,6 +223,7 @@ class EmbeddingAdaptersMixin:
         table = input_table(self.base_model)
         if table is None:
             raise AdapterError(f"{asked}: {type(self).__name__} reads no tokens, so it has no embeddings of any.")
+        check_type(f"{asked}: name", name, str, "a string")
         if name in self.loaded_embeddings:
             raise AdapterError(f"{asked}: An embedding with the name {name} already exists; choose another name.")
         self._check_sites(asked)

@@ -3,6 +3,7 @@
 A message reads ``<what was asked>: <what is wrong, with the value>; <what would be right>. <how to get there>.``
 """
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -38,5 +39,29 @@ def listing(names: Iterable[str]) -> str:
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` for the closest known name, else the list of the known ones."""
     known = list(known)
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(str(name), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known are {listing(known)}."
+
+
+def check_type(asked: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        asked: The call with the name of the argument, for the message.
+        wanted: What would be right.
+
+    Raises:
+        ConfigError: The value is of none of the `kinds`.
+    """
+    if not isinstance(value, kinds):
+        raise ConfigError(f"{asked}={value!r}: it is of type {type(value).__name__}; give {wanted}.")
+
+
+def text_of(asked: str, path: object) -> str:
+    """The text of a path or of a name.
+
+    Raises:
+        ConfigError: It is neither a string nor an ``os.PathLike``.
+    """
+    check_type(asked, path, (str, os.PathLike), "a path, or a name as a string")
+    return str(path)

@@ -23,7 +23,7 @@ from .composition import Block, MultiTask
 from .configuration.model_adapters_config import ModelAdaptersConfig
 from .context import START, AdapterSetup, Forward, Record, generating, state, within
 from .described import bases_of, give_config, unchanged_on_failure
-from .errors import AdapterError, CompositionError
+from .errors import AdapterError, CompositionError, check_type, text_of
 from .evaluation import check_batch, check_growing
 from .interface import INTERFACE_FILE, AdapterModelInterface
 from .model import ModelAdaptersMixin
@@ -118,7 +118,8 @@ def load_model(
     Example:
         >>> model = adapters.load_model("folder", BertForSequenceClassification)
     """
-    finish(Path(model_name_or_path))
+    finish(Path(text_of("load_model(model_name_or_path)", model_name_or_path)))
+    check_type("load_model(model_class)", model_class, type, "a class, such as BertModel or AutoModel")
     interface = AdapterModelInterface.of(_saved_interface(model_name_or_path) if interface is None else interface)
     if issubclass(model_class, _BaseAutoModelClass):
         config = kwargs.get("config") or AutoConfig.from_pretrained(model_name_or_path)

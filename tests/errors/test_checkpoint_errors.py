@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 import adapters
-from adapters import AutoAdapterModel, Fuse, Stack
+from adapters import AutoAdapterModel, BertAdapterModel, Fuse, Stack
 from adapters.checkpoints import WeightsLoader, files
 from adapters.errors import AdapterError, CheckpointError, ConfigError, UnknownAdapterError
 
@@ -493,3 +494,44 @@ def test_a_failed_save_leaves_the_old_files(model, saved, monkeypatch):
 def test_names_do_not_lead_out_of_the_folder(name, tmp_path):
     with pytest.raises(CheckpointError, match="cannot name a folder"):
         files.subfolder(tmp_path, name)
+
+
+WRONG_TYPES = {
+    "load_adapter": lambda model, folder, wrong: model.load_adapter(wrong),
+    "load_as": lambda model, folder, wrong: model.load_adapter(folder / "new", load_as=wrong),
+    "id2label": lambda model, folder, wrong: model.load_adapter(folder / "new", id2label=wrong),
+    "num_labels": lambda model, folder, wrong: model.load_adapter(folder / "new", num_labels=wrong),
+    "load_head": lambda model, folder, wrong: model.load_head(wrong),
+    "load_adapter_fusion": lambda model, folder, wrong: model.load_adapter_fusion(wrong),
+    "load_adapter_setup": lambda model, folder, wrong: model.load_adapter_setup(wrong),
+    "load_embeddings": lambda model, folder, wrong: model.load_embeddings(wrong, "e"),
+    "save_adapter to": lambda model, folder, wrong: model.save_adapter(wrong, "same"),
+    "save_adapter": lambda model, folder, wrong: model.save_adapter(folder / "x", wrong),
+    "save_adapter_fusion": lambda model, folder, wrong: model.save_adapter_fusion(folder / "x", wrong),
+    "save_pretrained": lambda model, folder, wrong: model.save_pretrained(wrong),
+    "add_embeddings": lambda model, folder, wrong: model.add_embeddings("e", wrong, "default", wrong),
+    "embeddings": lambda model, folder, wrong: model.set_active_embeddings(wrong),
+    "average_adapter": lambda model, folder, wrong: model.average_adapter("mean", wrong),
+    "average_head": lambda model, folder, wrong: model.average_head("mean", wrong),
+    "weights": lambda model, folder, wrong: model.average_adapter("mean", ["same"], weights=wrong),
+    "merge_adapter": lambda model, folder, wrong: model.merge_adapter(wrong),
+    "active_adapters": lambda model, folder, wrong: model.set_active_adapters(wrong),
+    "active_head": lambda model, folder, wrong: setattr(model, "active_head", wrong),
+    "add_prediction_head": lambda model, folder, wrong: model.add_prediction_head(wrong),
+    "a head's config": lambda model, folder, wrong: model.add_prediction_head_from_config("h", wrong),
+    "a head's labels": lambda model, folder, wrong: model.add_tagging_head("h", id2label=wrong),
+    "a head's activation": lambda model, folder, wrong: model.add_tagging_head(
+        "h", layers=2, activation_function=wrong
+    ),
+    "load_model": lambda model, folder, wrong: adapters.load_model(wrong, BertAdapterModel),
+    "load_model with": lambda model, folder, wrong: adapters.load_model(folder, wrong),
+}
+
+
+@pytest.mark.parametrize("wrong", [2.5, object()], ids=["a number", "an object"])
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_wrong_types(case, wrong, model, saved):
+    before = state(model)
+    with pytest.raises(AdapterError, match=re.escape(repr(wrong))):
+        WRONG_TYPES[case](model, saved, wrong)
+    as_it_was(model, before)

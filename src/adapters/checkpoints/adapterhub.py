@@ -4,14 +4,15 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from ..bounds import bounded
 from ..configuration import AdapterConfig
 from ..configuration.hashing import get_adapter_config_hash
 from ..configuration.resolve import build_config
-from ..errors import CheckpointError, UnknownAdapterError, suggestion
+from ..errors import CheckpointError, UnknownAdapterError, check_type, suggestion, text_of
 from ..interface import INTERFACE_FILE
 from . import files, heads, hub, legacy, peft, weights
 from .atomic import Job
@@ -158,55 +159,56 @@ def load_adapter(
     Raises:
         CheckpointError: The checkpoint cannot be found, is broken, or does not fit the model, which is as it was.
     """
-    asked = f"load_adapter({os.fspath(adapter_name_or_path)!r})"
-    if config is not None or model_name is not None:
-        warnings.warn(f"{asked}: config and model_name have no effect; leave them out.", FutureWarning, stacklevel=3)
+    asked, id2label = _checked(adapter_name_or_path, (config, model_name), load_as, num_labels, id2label)
     folder = hub.resolve(asked, os.fspath(adapter_name_or_path), version, **download_arguments)
-    id2label = id2label if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
+    beside = load_as, id2label, use_safetensors
     if peft.is_peft(full := files.read_json(folder / ADAPTER.config)):
         peft.check_arguments(asked, leave_out=leave_out, custom_weights_loaders=custom_weights_loaders)
         load_as = load_as or peft.default_name(adapter_name_or_path)
         adapter, head = peft.read_folder(model, folder, full, asked, load_as, with_head, id2label, use_safetensors)
     else:
-        adapter, head = _read_folder(model, folder, full, load_as, with_head, leave_out, id2label, use_safetensors)
+        adapter = _read_adapter(model, folder, full, load_as, leave_out or [], use_safetensors)
+        head = heads.beside_adapter(model, folder, adapter.name, *beside) if with_head else None
     with all_or_nothing(model, undo) as changes:
-        place(Adapters(model), adapter, asked, loading_info, changes, complete=leave_out is None)
+        with bounded(asked, adapter.file, adapter.weights):
+            place(Adapters(model), adapter, asked, loading_info, changes, complete=leave_out is None)
         if set_active:
             model.set_active_adapters(adapter.name)
         if head is not None:
             heads.place_head(model, head, asked, set_active, loading_info, changes)
+        more: dict[str, Any] = {"loading_info": loading_info, "id2label": id2label, "set_active": set_active}
         for loader in custom_weights_loaders or ():
-            names = {"load_as": load_as, "main_load_name": adapter.name}
-            loader.load(str(folder), loading_info=loading_info, id2label=id2label, set_active=set_active, **names)
+            loader.load(str(folder), load_as=load_as, main_load_name=adapter.name, **more)
     return adapter.name
 
 
-def _read_folder(
+def _checked(path: Any, former: Any, load_as: Any, labels: Any, id2label: Any) -> tuple[str, Mapping[int, str] | None]:
+    """The call, for messages, and the labels that are asked for.
+
+    Raises:
+        ConfigError: An argument is of another type.
+    """
+    asked = f"load_adapter({text_of('load_adapter(adapter_name_or_path)', path)!r})"
+    if former != (None, None):
+        warnings.warn(f"{asked}: config and model_name have no effect; leave them out.", FutureWarning, stacklevel=4)
+    check_type(f"{asked}: load_as", load_as, (str, NoneType), "a string, or None")
+    check_type(f"{asked}: num_labels", labels, (int, NoneType), "a whole number, or None")
+    return asked, id2label if labels is None else {index: f"LABEL_{index}" for index in range(labels)}
+
+
+def _read_adapter(
     model: "ModelAdaptersMixin",
     folder: Path,
     full: Mapping[str, Any],
     load_as: str | None,
-    with_head: bool,
-    leave_out: list[int] | None,
-    id2label: Mapping[int, str] | None,
+    leave_out: list[int],
     use_safetensors: bool,
-) -> tuple[Saved[AdapterConfig], heads.SavedHead | None]:
-    """The adapter, whose config file holds `full`, and the head beside it; touches no model.
+) -> Saved[AdapterConfig]:
+    """The adapter, whose config file holds `full`; touches no model.
 
     Raises:
         CheckpointError: A file is missing or broken.
     """
-    adapter = _read_adapter(folder, full, load_as, leave_out or [], use_safetensors)
-    present = model.adapters_config.get(adapter.name)
-    adapter = replace(adapter, config=legacy.completed(adapter.config, adapter.file, present))
-    if not with_head:
-        return adapter, None
-    return adapter, heads.beside_adapter(model, folder, adapter.name, load_as, id2label, use_safetensors)
-
-
-def _read_adapter(
-    folder: Path, full: Mapping[str, Any], load_as: str | None, leave_out: list[int], use_safetensors: bool
-) -> Saved[AdapterConfig]:
     file = folder / ADAPTER.config
     old = full.get("name") if isinstance(full.get("name"), str) else None
     name = load_as or old
@@ -219,6 +221,7 @@ def _read_adapter(
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # AdapterError is a ValueError
         raise CheckpointError(f"{str(file)!r}: 'config' cannot be used: {error}") from error
+    config = legacy.completed(config, full, model.adapters_config.get(name))
     return Saved(name, config, weights.renamed(saved, old or name, name), full)
 
 

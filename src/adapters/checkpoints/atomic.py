@@ -49,8 +49,7 @@ def write_all(root: Path, jobs: Iterable[tuple[str, Job]], stale: Iterable[str] 
             _flush(new)
         journal = beside(root / JOURNAL, token)
         try:
-            content = {"token": token, "new": written, "stale": sorted({*stale} - {*written})}
-            journal.write_text(json.dumps(content), encoding="utf-8")
+            journal.write_text(json.dumps({"token": token, "new": written, "stale": [*{*stale}.difference(written)]}))
             _flush(journal)
             os.replace(journal, root / JOURNAL)
         finally:

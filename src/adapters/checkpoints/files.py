@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, listing
+from ..errors import CheckpointError, listing, text_of
 from . import atomic
 from .atomic import Job
 
@@ -131,8 +131,7 @@ def _earlier(folder: Path, kind: Kind, name: str) -> list[Path]:
     """The files that an earlier save of one kind has left in a folder."""
     with suppress(CheckpointError):  # there are none, or they are not ours
         if read_json(folder / kind.config).get("name") in (name, None):
-            files = (folder / each for each in (kind.config, kind.safetensors, kind.torch))
-            return [file for file in files if file.exists()]
+            return [folder / each for each in (kind.config, kind.safetensors, kind.torch) if (folder / each).exists()]
     return []
 
 
@@ -184,7 +183,7 @@ def root_of(directory: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: It is a file, or empty.
     """
-    if not os.fspath(directory):
+    if not text_of("save to", directory):
         raise CheckpointError("saving to '': an empty path names no directory; '.' is the current one.")
     root = Path(directory)
     if root.exists() and not root.is_dir():
@@ -237,8 +236,8 @@ def read_weights(folder: Path, kind: Kind, use_safetensors: bool = True) -> Weig
 def _read_tensors(file: Path) -> Weights:
     try:
         if file.suffix == ".safetensors":
-            small = file.stat().st_size < READ_AT_ONCE
-            return dict(sorted(load(file.read_bytes()).items())) if small else load_file(file)
+            whole = file.stat().st_size >= READ_AT_ONCE
+            return load_file(file) if whole else dict(sorted(load(file.read_bytes()).items()))
         _refuse_compressed(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken pickle can raise is without limit

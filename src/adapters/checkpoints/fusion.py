@@ -1,6 +1,5 @@
 """The native format of AdapterFusion layers."""
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..composition import Fuse
 from ..configuration import AdapterConfig, AdapterFusionConfig
 from ..configuration.hashing import get_adapter_config_hash
-from ..errors import AdapterError, CheckpointError, UnknownAdapterError, listing, suggestion
+from ..errors import AdapterError, CheckpointError, UnknownAdapterError, check_type, listing, suggestion, text_of
 from . import files, heads, legacy, weights
 from .adapterhub import Folder, Loaders
 from .files import FUSION, HEAD, Content
@@ -71,7 +70,8 @@ def fusion_name(adapter_names: Fuse | list[str] | str) -> str:
     """The name of a fusion that is given as its block, its name or the names of its adapters."""
     if isinstance(adapter_names, Fuse):
         return adapter_names.name
-    return adapter_names if isinstance(adapter_names, str) else ",".join(adapter_names)
+    check_type("save_adapter_fusion(adapter_names)", adapter_names, (str, list, tuple), "a Fuse, a name or a list")
+    return adapter_names if isinstance(adapter_names, str) else ",".join(map(str, adapter_names))
 
 
 def contents_of(
@@ -135,8 +135,8 @@ def load_adapter_fusion(
     Raises:
         CheckpointError: The checkpoint is missing, broken, or does not fit the model, which is as it was.
     """
-    asked = f"load_adapter_fusion({os.fspath(adapter_fusion_name_or_path)!r})"
-    folder = Path(adapter_fusion_name_or_path)
+    folder = Path(text_of("load_adapter_fusion(adapter_fusion_name_or_path)", adapter_fusion_name_or_path))
+    asked = f"load_adapter_fusion({str(folder)!r})"
     fusion = read_fusion(folder, load_as, use_safetensors)
     name, adapters = fusion.name, fusion.config[1]
     if unknown := [adapter for adapter in adapters if adapter not in model.adapters_config]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..bounds import bounded
-from ..errors import AdapterError, CheckpointError, UnknownAdapterError, suggestion
+from ..errors import AdapterError, CheckpointError, ConfigError, UnknownAdapterError, suggestion, text_of
 from . import files, weights
 from .files import HEAD, Content, Weights
 from .placing import all_or_nothing
@@ -81,8 +81,9 @@ def load_head(
     Raises:
         CheckpointError: The files are missing, broken or not for this class of model, which is as it was.
     """
-    asked = f"load_head({os.fspath(save_directory)!r})"
-    head = fitted(model, read_head(Path(save_directory), load_as, id2label, use_safetensors), load_as)
+    folder = text_of("load_head(save_directory)", save_directory)
+    asked = f"load_head({folder!r})"
+    head = fitted(model, read_head(Path(folder), load_as, id2label, use_safetensors), load_as)
     if isinstance(head, str):
         raise CheckpointError(f"{asked}: {head}")
     with all_or_nothing(model, undo) as changes:
@@ -126,7 +127,7 @@ def read_head(
     file = folder / HEAD.config
     full = files.read_json(file)
     saved, config, old = files.read_weights(folder, HEAD, use_safetensors), full.get("config"), full.get("name")
-    labels = None if id2label is None else {label: int(index) for index, label in id2label.items()}
+    labels = None if id2label is None else numbered(f"{str(file)!r}: id2label", id2label)
     if config is None:
         _check_labels(full, file)
         return SavedHead(None, None, saved, full if labels is None else {**full, "label2id": labels})
@@ -146,6 +147,18 @@ def read_head(
     own = f"heads.{old}."
     tensors = {f"heads.{name}.{key.removeprefix(own)}": value for key, value in saved.items() if key.startswith(own)}
     return SavedHead(name, config, tensors, full)
+
+
+def numbered(asked: str, id2label: Any) -> dict[str, int]:
+    """The numbers of labels.
+
+    Raises:
+        ConfigError: It is no mapping from numbers to labels.
+    """
+    try:
+        return {label: int(index) for index, label in id2label.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{asked}={id2label!r}: it must be a dict from numbers to labels ({error}).") from error
 
 
 def _check_labels(config: Mapping[str, Any], file: Path) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..bounds import bounded
 from ..composition import Fuse
 from ..configuration import AdapterConfig
 from ..errors import CheckpointError
@@ -159,25 +158,25 @@ def place(
     def fit(slots: Slots) -> Fit:
         return compare(slots, saved.weights, known, own, asked, about)
 
-    active_again, add = remembered_activation(model), _adding(bearer, saved, asked)
+    active_again = remembered_activation(model)
     if present is not None:
         logger.warning("%s: overwriting %r.", asked, name)
     if present is not None and present != saved.config:
-        with _rehearsed(bearer, add) as slots:
+        with _rehearsed(bearer, saved.config) as slots:
             fit(renamed(slots, REHEARSAL, name))
             if isinstance(bearer, Adapters):
                 check_fused(model.adapter_sites, model.adapters_config, name, REHEARSAL)
         undo.callback(_reinstate, bearer, name, present, _snapshot(bearer.slots(name)))
         bearer.delete(name)
     if present != saved.config:
-        add(name)
+        bearer.add(name, saved.config)
     if present is None:
         undo.callback(bearer.delete, name)
     slots = bearer.slots(name)
     found = fit(slots)
     if found.missing and present != saved.config:  # which need start values
         bearer.delete(name)
-        add(name, filled=False)
+        bearer.add(name, saved.config, filled=False)
         slots = bearer.slots(name)
     if present == saved.config:
         undo.callback(_restore, slots, _snapshot(slots))
@@ -187,20 +186,10 @@ def place(
     report(found, asked, loading_info, complete)
 
 
-def _adding(bearer: Bearer[C], saved: Saved[C], asked: str) -> Callable[..., None]:
-    """What makes one as its config says, under a name, if its weights may be of such a size."""
-
-    def add(name: str, filled: bool = True) -> None:
-        with bounded(asked, saved.file, saved.weights):
-            bearer.add(name, saved.config, filled)
-
-    return add
-
-
 @contextmanager
-def _rehearsed(bearer: Bearer[Any], add: Callable[[str], None]) -> Iterator[Slots]:
+def _rehearsed(bearer: Bearer[C], config: C) -> Iterator[Slots]:
     """The tensors of one that is there for the time of the block."""
-    add(REHEARSAL)
+    bearer.add(REHEARSAL, config)
     try:
         yield bearer.slots(REHEARSAL)
     finally:

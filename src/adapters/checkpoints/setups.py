@@ -1,7 +1,6 @@
 """A composition with all its adapters, fusions and heads, as one folder."""
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
 from ..composition import Block, Fuse, Setup, parse_composition
-from ..errors import AdapterError, CheckpointError, UnknownAdapterError
+from ..errors import AdapterError, CheckpointError, UnknownAdapterError, text_of
 from . import adapterhub, files, fusion, heads, hub
 from .adapterhub import Folder, Loaders, load_adapter
 from .files import HEAD, SETUP_FILE
@@ -90,8 +89,9 @@ def load_adapter_setup(
     Raises:
         CheckpointError: Something is missing, broken or does not fit the model, which is as it was.
     """
-    asked = f"load_adapter_setup({os.fspath(adapter_setup_name_or_path)!r})"
-    folder = hub.resolve(asked, os.fspath(adapter_setup_name_or_path), version, **download_arguments)
+    path = text_of("load_adapter_setup(adapter_setup_name_or_path)", adapter_setup_name_or_path)
+    asked = f"load_adapter_setup({path!r})"
+    folder = hub.resolve(asked, path, version, **download_arguments)
     full = files.read_json(folder / SETUP_FILE)
     setup, head_setup = _read(full, asked)
     options: dict[str, Any] = {"custom_weights_loaders": custom_weights_loaders, "use_safetensors": use_safetensors}

@@ -84,9 +84,8 @@ def _site_slots(model: "ModelAdaptersMixin", name: str, holding: Sequence[tuple[
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a module, themselves."""
-    if module._modules or module._buffers:
-        return dict(module.state_dict(keep_vars=True))
-    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    own = module.state_dict(keep_vars=True) if module._modules or module._buffers else module._parameters
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
 
 
 def renamed(tensors: Mapping[str, T], old: str, new: str) -> dict[str, T]:
@@ -117,9 +116,8 @@ def fill(slots: Slots, weights: Mapping[str, Tensor]) -> None:
     values: list[Tensor] = []
     for key, tensor in weights.items():
         parts = slots[key]
-        pieces = torch.split(tensor, [len(part) for part in parts]) if len(parts) > 1 else (tensor,)
         live += parts
-        values += pieces
+        values += torch.split(tensor, [len(part) for part in parts]) if len(parts) > 1 else (tensor,)
     if any(map(is_sharded, live)):
         for part, value in zip(live, values, strict=True):
             set_whole(part, value)

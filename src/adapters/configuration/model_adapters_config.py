@@ -56,7 +56,7 @@ class ModelAdaptersConfig(Collection[str]):
         self.skip_layers: list[int] | None = None
 
     def __contains__(self, name: object) -> bool:
-        return name in self.adapters
+        return isinstance(name, str) and name in self.adapters
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.adapters)
@@ -66,7 +66,7 @@ class ModelAdaptersConfig(Collection[str]):
 
     def get(self, name: str) -> AdapterConfig | None:
         """The configuration of an adapter, or None if there is no such adapter."""
-        if name not in self.adapters:
+        if name not in self:
             return None
         key = self.adapters[name]
         return self.config_map[key] if key in self.config_map else ADAPTER_CONFIG_MAP[key]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..errors import AdapterError, ConfigError, listing
+from ..errors import AdapterError, ConfigError, check_type, listing
 from ..model import ModelAdaptersMixin
 from .base import PredictionHead, UnknownHeadTypeError, label_ids
 from .registry import MODEL_HEAD_MAP
@@ -300,6 +300,7 @@ class HeadAdder(ModelAdaptersMixin):
 
     def head_from_config(self, head_name: str, config: Mapping[str, Any], overwrite_ok: bool) -> PredictionHead:
         """Makes the head that a config describes, without adding it."""
+        check_type(f"head {head_name!r}: config", config, Mapping, "a dict, as head.config is")
         settings = dict(config)
         head_type, label2id = settings.pop("head_type", None), settings.pop("label2id", None)
         if label2id is not None:
@@ -333,12 +334,13 @@ class HeadAdder(ModelAdaptersMixin):
                 f"{head_type!r}; it supports {listing(self.head_types)}."
             )
         outputs = settings.get("num_labels", settings.get("num_choices"))
-        if id2label is not None and len(set(id2label.values())) != outputs:
+        label2id = label_ids(id2label)
+        if label2id is not None and len(label2id) != outputs:
             raise ConfigError(
-                f"add head {head_name!r}: id2label has {len(set(id2label.values()))} different labels, but the head "
+                f"add head {head_name!r}: id2label has {len(label2id)} different labels, but the head "
                 f"has {outputs} outputs; the numbers must be equal."
             )
-        config = {"head_type": head_type, "label2id": label_ids(id2label), **settings}
+        config = {"head_type": head_type, "label2id": label2id, **settings}
         self.add_prediction_head_from_config(head_name, config, overwrite_ok)
 
     def _check_name(self, name: str, overwrite_ok: bool) -> None:

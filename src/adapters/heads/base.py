@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils.generic import ModelOutput
 
-from ..errors import AdapterError, ConfigError, suggestion
+from ..checkpoints.heads import numbered
+from ..errors import AdapterError, ConfigError, check_type, suggestion
 
 # The dropout before a classifier under the names that architectures give it, the most specific first.
 DROPOUT_NAMES = (
@@ -164,6 +165,7 @@ def activation(name: str) -> nn.Module:
         ConfigError: transformers knows no such activation.
     """
     known = {"leakyrelu": "leaky_relu"} | {key: key for key in ACT2FN}
+    check_type("activation_function", name, str, "the name of one, or None")
     if name.lower() not in known:
         raise ConfigError(f"activation_function={name!r}: unknown activation; {suggestion(name.lower(), known)}")
     module: nn.Module = ACT2FN[known[name.lower()]]
@@ -172,4 +174,4 @@ def activation(name: str) -> nn.Module:
 
 def label_ids(id2label: Mapping[Any, str] | None) -> dict[str, int] | None:
     """The inverse of ``id2label``, the only direction that a head stores."""
-    return None if id2label is None else {label: int(index) for index, label in id2label.items()}
+    return None if id2label is None else numbered("id2label", id2label)

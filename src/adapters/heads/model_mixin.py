@@ -17,7 +17,7 @@ from ..averaging import Shares
 from ..checkpoints import heads as head_files
 from ..composition import Block, parse_heads_from_composition
 from ..context import AdapterSetup, Forward, Part, current, state, within
-from ..errors import AdapterError, listing
+from ..errors import AdapterError, check_type, listing
 from ..streams import Inverse
 from .base import PredictionHead
 from .dispatch import HeadPlan, HeadSetup, check_names, flatten_choices, gather, hand_on, take_rows, to_tuple
@@ -82,6 +82,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
 
     @active_head.setter
     def active_head(self, head: HeadSetup) -> None:
+        check_type("active_head", head, (str, Sequence, Block, type(None)), "a name, a list of names, a block or None")
         missing = [name for name in HeadPlan.of(head).names if name not in self.heads]
         if missing:
             raise AdapterError(
@@ -122,6 +123,7 @@ class ModelWithFlexibleHeadsAdaptersMixin(VocabularyHeads):
         Example:
             >>> model.add_prediction_head(ClassificationHead(model, "sst2", num_labels=2))
         """
+        check_type("add_prediction_head(head)", head, PredictionHead, "a PredictionHead")
         self._check_name(head.name, overwrite_ok)
         self._register(head)
         if (

@@ -206,11 +206,8 @@ def _head(model: "ModelAdaptersMixin", name: str, model_class: str, asked: str) 
     found = {} if content is None else content.weights
     trained = words is not None and model.model_frozen and any(each.requires_grad for each in words.parameters())
     left_out = {id(each) for key, each in model.named_parameters(remove_duplicate=False) if key not in found}
-    if model.words_are_loaded or trained:
-        own = {key for key, each in model.named_parameters() if id(each) not in left_out}
-    else:
-        left_out |= heads.words_of(model)
-        own = {key for key, each in model.named_parameters(remove_duplicate=False) if id(each) not in left_out}
+    left_out |= set() if model.words_are_loaded or trained else heads.words_of(model)
+    own = {key for key, each in model.named_parameters() if id(each) not in left_out}
     return {key: tensor for key, tensor in found.items() if key in own}
 
 
