@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from .context import current
+from .errors import AdapterError
 from .samples import ROWS
 from .topology import Anatomy, Block
 from .trace import Watcher, parts, watch
@@ -47,17 +48,28 @@ class Stack:
 
     @classmethod
     def find(cls, anatomy: Anatomy) -> Iterator[Stack]:
-        """Those whose blocks attend, to themselves alone if there are such, and run with longer states."""
+        """Those whose blocks attend, to themselves alone if there are such, and run with longer states.
+
+        Raises:
+            AdapterError: there are blocks that attend, but none that run with longer states.
+        """
         grouped = groupby(anatomy.blocks, key=lambda block: block.path.rpartition(".")[0])
         stacks = [blocks for blocks in (list(group) for _, group in grouped) if all(block.cores for block in blocks)]
         crossing = [
             any(core.role == "cross_attention" for block in blocks for core in block.cores) for blocks in stacks
         ]
+        fitting = False
         for blocks, crosses in zip(stacks, crossing, strict=True):
             stack = cls(blocks)
             reached = (found for found in map(stack._runs_longer, parts(anatomy.base_model)) if found is not None)
             if (all(crossing) or not crosses) and next(reached, False):
+                fitting = True
                 yield stack
+        if stacks and not fitting:
+            raise AdapterError(
+                f"add_adapter: prompts have no place in {type(anatomy.base_model).__name__}: its blocks run with as "
+                "many states as its input has, and with no more; use LoRA or a bottleneck adapter."
+            )
 
     def _runs_longer(self, model: nn.Module) -> bool | None:
         """Whether a pass of `model` on the smallest input gets as far with one more state as without.

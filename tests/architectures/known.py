@@ -1,26 +1,16 @@
 """Cells that are known to fail, each with the reason; one that starts to pass has to be taken off."""
 
 FAILURES: dict[tuple[str, str], str] = {
-    ("gemma4", "prompt_tuning"): "it looks its embeddings up in the table to find the tokens of each layer",
-    ("glm5_next", "seq_bn"): "the adapter does not act; why is not known",
-    ("glm5_next", "double_seq_bn"): "the adapter does not act; why is not known",
-    ("lilt", "prompt_tuning"): "its embeddings give a tuple: refused in the first pass only",
-    ("lxmert", "lora"): "adapters.init raises TypeError: its num_hidden_layers is a dict",
-    ("lxmert", "ia3"): "adapters.init raises TypeError: its num_hidden_layers is a dict",
-    ("lxmert", "seq_bn"): "adapters.init raises TypeError: its num_hidden_layers is a dict",
-    ("lxmert", "double_seq_bn"): "adapters.init raises TypeError: its num_hidden_layers is a dict",
-    ("lxmert", "loreft"): "adapters.init raises TypeError: its num_hidden_layers is a dict",
-    ("lxmert", "prefix_tuning"): "adapters.init raises TypeError: its num_hidden_layers is a dict",
-    ("lxmert", "prompt_tuning"): "adapters.init raises TypeError: its num_hidden_layers is a dict",
-    ("mra", "lora"): "its sparse attention is compiled for CUDA; on a CPU it gives nothing",
-    ("mra", "ia3"): "its sparse attention is compiled for CUDA; on a CPU it gives nothing",
-    ("rwkv", "lora"): "its backward pass fails: a tensor was changed in place",
-    ("rwkv", "ia3"): "its backward pass fails: a tensor was changed in place",
-    ("rwkv", "seq_bn"): "its backward pass fails: a tensor was changed in place",
-    ("rwkv", "double_seq_bn"): "its backward pass fails: a tensor was changed in place",
-    ("rwkv", "loreft"): "its backward pass fails: a tensor was changed in place",
-    ("rwkv", "prompt_tuning"): "its backward pass fails: a tensor was changed in place",
-    ("timesformer", "prompt_tuning"): "a prompt breaks the view of the tokens as frames",
-    ("wavlm", "lora"): "its attention hands the weights of its maps to torch's function and does not call them",
-    ("wavlm", "ia3"): "its attention hands the weights of its maps to torch's function and does not call them",
+    (
+        "glm5_next",
+        "seq_bn",
+    ): "texts alone run through it, whose streams have no place: it sits in the vision tower only",
+    (
+        "glm5_next",
+        "double_seq_bn",
+    ): "texts alone run through it, whose streams have no place: it sits in the vision tower",
+    (
+        "glm5_next",
+        "loreft",
+    ): "texts alone run through it, whose streams have no place: it sits in the vision tower only",
 }

@@ -51,12 +51,23 @@ def test_what_is_known_to_fail_fails(model_type: str, methods: tuple[str, ...]) 
     assert {method: kind for method, (kind, _) in found.items()} == dict.fromkeys(methods, "fails"), found
 
 
-WITHOUT_PROMPTS = ["convnext", "deepseek_v4", "fastspeech2_conformer", "funnel", "mra", "vit_mae"]
+WITHOUT_PROMPTS = ["deepseek_v4", "fsmt", "funnel", "gemma4", "lilt", "mra", "qwen2_vl_vision", "timesformer"]
+WITHOUT_MEANING = [
+    ("convnext", "prompt_tuning"),
+    ("resnet", "double_seq_bn"),
+    ("mobilenet_v1", "seq_bn"),
+    ("mra", "lora"),
+]
 
 
 @pytest.mark.parametrize("model_type", WITHOUT_PROMPTS)
 def test_prompts_without_a_place_are_refused_when_added(model_type: str) -> None:
     assert run_type(model_type, ("prompt_tuning",), CHECKS)["prompt_tuning"][0] == "refused"
+
+
+@pytest.mark.parametrize(("model_type", "method"), WITHOUT_MEANING)
+def test_what_has_no_meaning_says_what_the_model_lacks(model_type: str, method: str) -> None:
+    assert run_type(model_type, (method,), CHECKS)[method][0] == "no meaning"
 
 
 def test_the_page_has_types() -> None:
