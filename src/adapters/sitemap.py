@@ -27,6 +27,7 @@ from .methods.prefix_tuning import Prefix
 from .placement import drop_shared, like, place, place_method
 from .repetition import SharedRows
 from .sites import LinearSite, Site
+from .streams import EmbeddingSite
 from .sublayers import SublayerSite
 from .topology import Anatomy, Linear, read_blocks
 
@@ -240,7 +241,8 @@ class SiteMap:
         """
         leaves = fuse.flatten() & set(self.shared_modules)
         places = [site for site in self.of(SublayerSite) if leaves & set(site.adapters)]
-        beside = [site for site in self.sites if not isinstance(site, SublayerSite) and leaves & set(site.adapters)]
+        kinds = (SublayerSite, EmbeddingSite)
+        beside = [site for site in self.sites if not isinstance(site, kinds) and leaves & set(site.adapters)]
         if places and beside:
             raise CompositionError(
                 f"add_adapter_fusion({fuse.name!r}): at {beside[0].path or 'the embeddings'} sits another part of "
@@ -378,7 +380,7 @@ def _require_gradient(module: nn.Module, args: tuple[Any, ...]) -> None:
 def _check_fusions(site: Site, plan: Setup) -> None:
     if not isinstance(plan, Block):
         return
-    if isinstance(plan, Fuse):
+    if isinstance(plan, Fuse) and not isinstance(site, EmbeddingSite):
         if not isinstance(site, SublayerSite):
             raise CompositionError(
                 f"{plan}: AdapterFusion works on bottleneck adapters, but at {site.path} there is another method; "

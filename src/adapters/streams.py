@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .composition import Fuse
 from .context import Part
 from .errors import AdapterError
 from .evaluation import evaluate
 from .signals import HiddenSignal
-from .sites import Place, Site
+from .sites import Place, S, Site
 from .topology import Anatomy, input_embeddings, linear_shape, path_of
 
 
@@ -96,6 +97,10 @@ class EmbeddingSite(Site):
     def on_words(self, output: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What leads to words is brought back to where the embeddings were."""
         return None if self.plan() is None else (self.back(args[0]), *args[1:])
+
+    def fuse(self, tree: Fuse, signal: S) -> S:
+        """What the first child does, as in 1.x: there is no weighted sum of bijections that could be undone."""
+        return evaluate(tree.children[0], signal, self)
 
     def there(self, hidden: Tensor) -> Tensor:
         """What the adapters in force make of the embeddings (b, s, e)."""

@@ -126,11 +126,6 @@ ACTIVATIONS = {
         CompositionError,
         "at .*prefix_tuning sits another part of 'u'",
     ),
-    "fusion of an invertible": (
-        lambda m: m.add_adapter_fusion(["a", "i"]),
-        CompositionError,
-        "at the embeddings sits another part of 'i'",
-    ),
     "fusion of a lora": (
         lambda m: m.add_adapter_fusion(["a", "c"]),
         CompositionError,

@@ -5,11 +5,18 @@ import math
 import pytest
 import torch
 from tiny_models import CONFIGS, DECODERS, ENCODER_DECODERS, TEXT_MODELS, config, disturb, inputs, output, plain, run
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, WhisperConfig, WhisperModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertModel,
+    WhisperConfig,
+    WhisperModel,
+)
 
 import adapters
-from adapters import AdapterSetup, AutoAdapterModel, Average, BatchSplit, MultiTask, Parallel, Split, Stack
-from adapters.errors import AdapterError, CompositionError
+from adapters import AdapterSetup, AutoAdapterModel, Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
+from adapters.errors import AdapterError
 
 ADAPTERS = {"a": "nice", "b": "glow", "c": "nice"}
 BLOCKS = [
@@ -242,11 +249,19 @@ def test_it_trains_with_the_adapter_and_is_saved_with_it(tmp_path):
     torch.testing.assert_close(output(again, batch), run(model, batch, "b"))
 
 
-def test_fusing_language_adapters_is_refused():
-    model = with_adapters(plain("bert"))
-    with pytest.raises(CompositionError, match="at the embeddings sits another part of 'a' and 'c'"):
-        model.add_adapter_fusion(["a", "c"])
-    assert not model.adapters_config.fusions
+def test_of_fused_language_adapters_the_first_acts_on_the_embeddings(tmp_path):
+    """As in 1.x, whose whole models may have such fusions."""
+    model, hidden = with_adapters(plain("bert")), torch.randn(1, 2, 16)
+    model.add_adapter_fusion(["a", "c"], set_active=True)
+    changed = model.invertible_adapters_forward(hidden)
+    torch.testing.assert_close(model.invertible_adapters_forward(changed, rev=True), hidden)
+    with AdapterSetup("a"):
+        assert torch.equal(model.invertible_adapters_forward(hidden), changed)
+    expected = output(model, inputs("bert"))
+    model.save_pretrained(tmp_path)
+    again = adapters.load_model(tmp_path, BertModel).eval()
+    again.set_active_adapters(Fuse("a", "c"))
+    torch.testing.assert_close(output(again, inputs("bert")), expected)
 
 
 def test_a_width_that_is_not_as_read_is_told():
