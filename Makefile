@@ -7,7 +7,7 @@ TEXT ?=
 ARGS ?=
 export TEXT
 
-.PHONY: demo classify test matrix check format docs bench notebooks clean
+.PHONY: demo classify test matrix check format docs bench examples notebooks clean
 
 demo: .venv/demo.installed  ## train, compare, save, reload, classify (TEXT="…" or standard input)
 	$(BIN)/python examples/demo/demo.py "$$TEXT"
@@ -36,6 +36,9 @@ docs: .venv/check.installed  ## the tables and pictures of docs/methods/, from t
 
 bench: .venv/bench.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
+
+examples: .venv/test.installed  ## the example scripts with several methods, to docs/results.md; ARGS="topics choices --quick"
+	$(BIN)/python examples/results.py $(ARGS)
 
 notebooks: .venv/notebooks.installed  ## runs them anew and keeps what they print; ARGS="01 03" for some
 	$(BIN)/python notebooks/run.py $(ARGS)
