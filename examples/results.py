@@ -210,15 +210,8 @@ def main() -> None:
         about = f"Written by `make examples` (examples/results.py), {date.today()}: MiniLM (6 layers, 22.7 million"
         about += " parameters), one run of each with seed 0. Seconds are those of the whole process."
         tables = ["| method | options |", "|---|---|", methods, "", "| task | script | options |", "|---|---|---|"]
-            "| method | options |",
-            "|---|---|",
-            methods,
-            "",
-            "| task | script | options |",
-            "|---|---|---|",
-            options,
-        ]
-        PAGE.write_text("\n".join(["# What the example scripts give", "", about, "", *lines, "", *tables, ""]), "utf-8")
+        page = ["# What the example scripts give", "", about, "", *lines, "", *tables, options, ""]
+        PAGE.write_text("\n".join(page), "utf-8")
 
 
 if __name__ == "__main__":
