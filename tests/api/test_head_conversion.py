@@ -9,12 +9,15 @@ from transformers import (
     AutoModelForTokenClassification,
     BertForMaskedLM,
     BertForPreTraining,
+    LxmertConfig,
     RobertaForSequenceClassification,
+    SeamlessM4TConfig,
+    SeamlessM4Tv2Config,
 )
 
 import adapters
 from adapters import AdapterError, AutoAdapterModel, CheckpointError
-from adapters.heads.convert import DIFFERENT
+from adapters.heads.convert import DIFFERENT, TASKS, static_head
 
 # The classes of which no named head computes the same, by DIFFERENT or by their layers.
 REFUSED = {
@@ -214,3 +217,20 @@ def test_an_error_of_the_checkpoint_is_transformers_own():
         adapters.BertAdapterModel.from_pretrained("/nowhere/at/all")
     with pytest.raises(AdapterError):
         AutoAdapterModel.from_config(fresh("bert")).load_head("/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("config", "label"),
+    [
+        (SeamlessM4TConfig, "SeamlessM4TForTextToText"),
+        (SeamlessM4TConfig, "SeamlessM4TForSpeechToText"),
+        (SeamlessM4Tv2Config, "SeamlessM4Tv2ForTextToText"),
+        (SeamlessM4Tv2Config, "SeamlessM4Tv2ForSpeechToText"),
+        (LxmertConfig, "LxmertForQuestionAnswering"),
+    ],
+)
+def test_classes_of_models_of_several_parts_have_no_head_of_ours(config, label):
+    """Their checkpoints are loaded into their own classes; a head of theirs is refused by its name."""
+    names = ("encoder", "decoder", "speech_encoder", "t2u_encoder", "t2u_decoder")
+    small = {} if config is LxmertConfig else {f"{name}_layers": 1 for name in names}
+    assert static_head(label, config(**small), tuple(TASKS.values())) is None

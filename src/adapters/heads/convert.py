@@ -62,6 +62,7 @@ DIFFERENT = {
     r"XLNet(ForSequenceClassification|ForMultipleChoice|LMHeadModel)": "reads padding, and shifts no labels",
     r"(Esm|NomicBert)ForMaskedLM": "has a bias or a tie that these layers do not show",
     r"(BailingHybrid|FalconH1|HYV4)ForCausalLM": "scales its scores, or renames its base model's weights",
+    r"SeamlessM4T.*": "has an encoder and decoder of its own, chosen by what it is given",
     r"(Marian|MiniCPM3|ProphetNet|Esmc|Inkling|T5Gemma|Lxmert).*": "has more to it than these layers",
 }
 """Classes of which the layers look like those of a named head, and what else they do."""
