@@ -55,7 +55,7 @@ def loaded(module: nn.Module, name: str) -> Any:
 
 def device_at(module: nn.Module, tensor: Tensor) -> torch.device:
     """The device of a tensor of the module; of one that is kept elsewhere, where the module runs."""
-    hooks = filter(None, map(_offloads, module.modules())) if tensor.is_meta else iter(())
+    hooks: Iterator[Any] = filter(None, map(_offloads, module.modules())) if tensor.is_meta else iter(())
     return next((torch.device(hook.execution_device) for hook in hooks), tensor.device)
 
 
