@@ -8,9 +8,7 @@ import adapters
 
 
 @pytest.mark.parametrize("way", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
-@pytest.mark.parametrize(
-    "config", ["prefix_tuning", "hra", "dora"]
-)
+@pytest.mark.parametrize("config", ["prefix_tuning", "hra", "dora"])
 def test_evaluation_sees_each_step(config: str, way: dict[str, bool]):
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
