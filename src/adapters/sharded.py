@@ -37,6 +37,8 @@ def set_whole(tensor: Any, value: Tensor) -> None:
 
 def computed_in_parts(module: nn.Module) -> bool:
     """Whether tensor parallelism lets each process compute a part of what the module gives."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False  # to look at all parameters, those of adapters included, takes longer with each adapter
     found: list[Any] = [parameter for parameter in module.parameters() if is_sharded(parameter)]
     return any("tp" in (each.device_mesh.mesh_dim_names or ()) and not all_here(each) for each in found)
 
