@@ -52,7 +52,7 @@ class _Bound(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See the base."""
         kwargs = kwargs or {}
-        if func in MAKERS or func in METHODS:
+        if (func in MAKERS or func in METHODS) and str(kwargs.get("device")) != "meta":  # which takes no memory
             known = {name: value for name, value in kwargs.items() if name != "generator"}
             self.left -= func(*args, **known | {"device": "meta"}).numel()
             if self.left < 0:

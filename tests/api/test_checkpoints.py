@@ -564,6 +564,20 @@ def test_a_tied_head_never_changes_the_embeddings(name, tmp_path):
     same(saved.heads["lm"].state_dict(), equal.heads["lm"].state_dict())
 
 
+def test_a_large_model_is_no_reason_to_refuse_an_adapter(tmp_path):
+    """The pass that finds the places, on meta tensors of the model's sizes, counts for nothing."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    for words in (100, 50_000):
+        model = AutoModel.from_config(BertConfig(vocab_size=words, **sizes))
+        adapters.init(model)
+        if words == 100:
+            model.add_adapter("a", "seq_bn")
+            model.save_adapter(tmp_path, "a")
+        else:
+            model.load_adapter(tmp_path)
+    assert "a" in model.adapters_config
+
+
 def classifier(seed=0, labels=3):
     torch.manual_seed(seed)
     names = {index: f"label {index}" for index in range(labels)}
