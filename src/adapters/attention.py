@@ -121,14 +121,21 @@ class AttentionSite(Site):
             place = Place(block.layer, block.stack, block.path, path, role)
             yield cls(place, host, shape, block.width, own_name)
 
-    def attach(self) -> list[RemovableHandle]:
-        """Give the attention module its view of the config, or follow it, and note the hidden states it is given."""
-        host: Any = self.host
+    def require_way_in(self) -> None:
+        """Refuse a prefix that could not enter.
+
+        Raises:
+            AdapterError: its keys and values cannot be put in front of those of the attention.
+        """
         if self.shape.refused:
             raise AdapterError(
                 f"add_adapter: the attention at {self.host_path} {self.shape.refused}; use LoRA or a bottleneck "
                 "adapter for this model."
             )
+
+    def attach(self) -> list[RemovableHandle]:
+        """Give the attention module its view of the config, or follow it, and note the hidden states it is given."""
+        host: Any = self.host
         if _asks(host):
             host.config = ConfigView(host.config, self)
         else:

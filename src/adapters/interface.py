@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -106,6 +107,8 @@ class AdapterModelInterface:
             if isinstance(given, (str, os.PathLike)):
                 file = Path(given, INTERFACE_FILE) if Path(given).is_dir() else Path(given)
                 given = json.loads(file.read_text("utf-8"))["interface"]
+            if not isinstance(given, Mapping):
+                raise TypeError(f"it is of type {type(given).__name__}")
             return cls(**given)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise cls._wrong(

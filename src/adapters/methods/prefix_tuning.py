@@ -180,6 +180,7 @@ class Prefix(AdapterModule[PrefixSignal]):
         """One group of prefixes for each kind of attention, and for each shape that attentions of a kind have."""
         kinds: dict[str, dict[tuple[int, ...], list[AttentionSite]]] = {}
         for site in sites:
+            site.require_way_in()
             shape = (site.shape.heads, site.shape.key_width, site.shape.value_width, site.width)
             kinds.setdefault(site.location, {}).setdefault(shape, []).append(site)
         return nn.ModuleDict(
