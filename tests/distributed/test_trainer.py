@@ -111,8 +111,11 @@ def train_all(rank: int, folder: Path, sharded: dict[str, Any]) -> dict[str, Any
 
 
 @functools.cache
-def alone(case: str) -> tuple[Any, list[float]]:
-    return trained(case, Path("out"), 1, {})
+def alone(case: str, folder: Path) -> tuple[Any, list[float]]:
+    """The model after the training in one process, which is saved below `folder`, and the losses."""
+    trainer, losses = trained(case, folder / case, 1, {})
+    trainer.save_model(str(folder / case / "saved"))
+    return trainer.model, losses
 
 
 @functools.cache
@@ -140,17 +143,15 @@ def unshared():
     ("case", "how"), [*((case, "ddp") for case in CASES), *((case, "fsdp") for case in FSDP_CASES)]
 )
 def test_two_processes_learn_what_one_does(case: str, how: str, place: Path, tmp_path: Path) -> None:
-    trainer, expected = alone(case)
+    model, expected = alone(case, place / "alone")
     losses = on_two(how, place)[case]
     assert isinstance(losses, list), losses
     near = {"rtol": 2e-2, "atol": 2e-2} if case == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(losses, expected, **near)
-    trainer.save_model(str(tmp_path))
-    own, theirs = (
-        sorted(file for file in folder.rglob("*") if file.is_file()) for folder in (tmp_path, place / how / case)
-    )
+    folders = place / "alone" / case / "saved", place / how / case
+    own, theirs = (sorted(file for file in folder.rglob("*") if file.is_file()) for folder in folders)
     assert [file.name for file in own] == [file.name for file in theirs]
     fresh = CASES[case][0]()
     AdapterTrainer(fresh, arguments(tmp_path, 1))._load_from_checkpoint(str(place / how / case))
-    for (name, value), other in zip(trainer.model.named_parameters(), fresh.parameters(), strict=True):
+    for (name, value), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
         torch.testing.assert_close(other, value, **near, msg=lambda text, name=name: f"{name}: {text}")

@@ -137,7 +137,7 @@ def test_prefixes_of_towers_of_different_shapes():
     model = initialised(CLIPModel(CLIPConfig(text_config={**SIZE, "vocab_size": 48}, vision_config=tower)))
     model.add_adapter("a", "prefix_tuning")
     groups = model.adapter_sites.shared("a")["prefix_tuning.prefix_tunings.a"]
-    assert {name: group.head_width for name, group in groups.items()} == {"self_prefix": 4, "self_prefix_1": 8}
+    assert {name: group.shape.key_width for name, group in groups.items()} == {"self_prefix": 4, "self_prefix_1": 8}
 
 
 def test_replaced_modules_are_noticed():
