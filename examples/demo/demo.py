@@ -40,7 +40,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 SEED = 0
-TOKENS = 64  # of each article: the headline and the first sentences
+TOKENS = 48  # of each article: the headline and the first sentences
 TRAIN, VALIDATION, TEST = 800, 100, 700  # articles
 BATCH = 16  # divides TRAIN
 WARM_UP = 0.1  # of all steps
