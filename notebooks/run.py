@@ -7,18 +7,25 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER.parents[1] / "shared/data"
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ADAPTERS_DATA": str(DATA)}
+
+
+def execute(notebook: Any, folder: str, seconds: int) -> None:
+    """Runs all cells in `folder`, each in so many seconds at most; what they give is kept in the notebook."""
+    NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": folder}}).execute()
 
 
 def run(file: Path) -> None:
     notebook = nbformat.read(file, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": folder}}).execute()
+        execute(notebook, folder, 900)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":  # progress bars and warnings say nothing to a reader
@@ -27,7 +34,7 @@ def run(file: Path) -> None:
 
 
 def main() -> None:
-    for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ADAPTERS_DATA": str(DATA)}.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for file in sorted(FOLDER.glob("*.ipynb")):
         if not sys.argv[1:] or file.name.split("_")[0] in sys.argv[1:]:

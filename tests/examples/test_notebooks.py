@@ -2,17 +2,18 @@
 
 import json
 import os
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
+RUNNER = runpy.run_path(str(FOLDER / "run.py"))
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-DATA = Path(__file__).parents[3] / "shared/data"
+DATA: Path = RUNNER["DATA"]
 BADGE = "https://colab.research.google.com/github/adapter-hub/adapters/blob/main/notebooks/"
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
@@ -53,7 +54,6 @@ def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         pytest.skip(f"not there: {', '.join(absent)}")
     source = str(FOLDER.parent / "src")
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ADAPTERS_DATA": str(DATA)}
-    for name, value in {**environment, "PYTHONPATH": os.pathsep.join(paths)}.items():
+    for name, value in {**RUNNER["ENVIRONMENT"], "PYTHONPATH": os.pathsep.join(paths)}.items():
         monkeypatch.setenv(name, value)
-    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    RUNNER["execute"](notebook, str(tmp_path), 500)

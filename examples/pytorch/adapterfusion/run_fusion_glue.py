@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
-import transformers
 from datasets import ClassLabel, Dataset, load_dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -37,7 +35,7 @@ import adapters
 from adapters import AdapterArguments, AdapterTrainer
 from adapters.composition import Fuse
 from adapters.errors import AdapterError
-from adapters.training import AdapterTrainingArguments
+from adapters.training import AdapterTrainingArguments, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -364,18 +362,9 @@ def train(trainer: AdapterTrainer, checkpoint: str | None) -> None:
     trainer.save_state()
 
 
-def set_up_logging(training_args: AdapterTrainingArguments) -> None:
-    """This script tells what it does; the libraries below it speak as --log_level says, else of warnings only."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
-    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
-    level = training_args.get_process_log_level()
-    transformers.utils.logging.set_verbosity(level)
-    datasets.utils.logging.set_verbosity(level)
-
-
 def main() -> None:
     model_args, data_args, fusion_args, training_args, _ = parse_arguments()
-    set_up_logging(training_args)
+    set_up_logging(logger, training_args)
     checkpoint = training_args.checkpoint_to_resume()
     set_seed(training_args.seed)
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"

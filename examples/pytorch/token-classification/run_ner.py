@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from seqeval.metrics import accuracy_score, classification_report
@@ -36,7 +34,7 @@ from transformers import (
 import adapters
 from adapters import AdapterArguments, AdapterTrainer, setup_adapter_training
 from adapters.errors import AdapterError
-from adapters.training import AdapterTrainingArguments
+from adapters.training import AdapterTrainingArguments, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -378,18 +376,9 @@ def describe(trainer: Trainer, model_args: ModelArguments, data_args: DataTraini
         trainer.create_model_card(**card)
 
 
-def set_up_logging(training_args: AdapterTrainingArguments) -> None:
-    """This script tells what it does; the libraries below it speak as --log_level says, else of warnings only."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
-    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
-    level = training_args.get_process_log_level()
-    transformers.utils.logging.set_verbosity(level)
-    datasets.utils.logging.set_verbosity(level)
-
-
 def main() -> None:
     model_args, data_args, training_args, adapter_args = parse_arguments()
-    set_up_logging(training_args)
+    set_up_logging(logger, training_args)
     checkpoint = training_args.checkpoint_to_resume()
     set_seed(training_args.seed)
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
